@@ -1,0 +1,1 @@
+"""Training state on disk: written aside, hashed, renamed into place; read back only if whole."""

@@ -1,0 +1,283 @@
+"""The command line. Commands import what they run when they run, so that help answers at once."""
+
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from llmtrain import __version__
+from llmtrain.errors import EXIT_BAD_INPUT, InputError, LLMTrainError
+from llmtrain.recipe.batch import plan_batch
+from llmtrain.recipe.loading import LoadedRecipe, load_recipe, recipe_file
+from llmtrain.recipe.problems import RecipeError
+from llmtrain.recipe.resolved import resolved_dump
+from llmtrain.recipe.schema import ModelFromConfig, ModelFromGGUF, Recipe, SentencePieceTokenizer
+from llmtrain.recipe.shipped import recipe_names
+
+app = typer.Typer(
+    name="llmtrain",
+    help="Train large language models from a recipe: one loop, under plain torchrun and Slurm.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Start with: llmtrain quickstart",
+)
+tokenizer_app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
+recipes_app = typer.Typer(help="List, show, copy and validate recipes.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a shipped recipe.", show_default=False)
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings laid over the recipe, e.g. optimizer.lr=1e-3."),
+]
+
+
+@dataclass
+class Settings:
+    """What holds for every command."""
+
+    debug: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line, by default this process's; returns its exit code or raises SystemExit."""
+    settings = Settings()
+    try:
+        app(args=arguments, obj=settings, prog_name="llmtrain")
+    except LLMTrainError as error:
+        if settings.debug:
+            traceback.print_exc()
+        _show(error)
+        return error.exit_code
+    except Exception:
+        typer.echo("error: llmtrain failed in a way it does not know; please report the traceback below", err=True)
+        raise
+    return 0
+
+
+def _show(error: LLMTrainError) -> None:
+    """Prints an error; under several ranks, one that is the same on all of them is rank 0's to print."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        typer.echo(f"error: {error}", err=True)
+    elif not isinstance(error, RecipeError):
+        typer.echo(f"[rank {rank}] error: {error}", err=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llmtrain {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _settings(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors in the input too.")] = False,
+) -> None:
+    context.obj.debug = debug
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+@app.command(epilog="Example: llmtrain train pretrain/llama-12m steps=2000 optimizer.lr=1e-3")
+def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Train as RECIPE says, in this process or as one rank of torchrun.
+
+    The same command goes on where a stopped run left off.
+    Exit codes: 0 done; 2 bad recipe or input; 75 stopped and checkpointed; 1 failed.
+    """
+    loaded = load_recipe(recipe, overrides or [])
+    from llmtrain import run
+
+    raise typer.Exit(run.train(loaded))
+
+
+@app.command(epilog="Example: llmtrain quickstart --output /tmp/first steps=50")
+def quickstart(
+    overrides: OverridesArgument = None,
+    output: Annotated[str, typer.Option(metavar="DIR", help="Where the run directory goes.")] = "runs",
+) -> None:
+    """Train a small model on this machine's own text, in minutes on a CPU, and show what it learnt."""
+    from llmtrain.quickstart import quickstart as run_quickstart
+
+    raise typer.Exit(run_quickstart(output, overrides or []))
+
+
+@app.command(epilog="Example: llmtrain generate runs/quickstart --prompt 'def main():' --temperature 0.7")
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run or model directory, or a hub name.")],
+    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="Text to continue; may be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling; 1 is off.")] = 1.0,
+    num: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto is cuda where there is one.")] = "auto",
+) -> None:
+    """Let a trained model continue texts."""
+    from llmtrain.sampling import command
+
+    code = command.generate(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        num=num,
+        seed=seed,
+        device=device,
+    )
+    raise typer.Exit(code)
+
+
+@tokenizer_app.command("train", epilog="Example: llmtrain tokenizer train quickstart --output my-tokenizer")
+def tokenizer_train(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="A new or empty directory.")],
+    overrides: OverridesArgument = None,
+) -> None:
+    """Train the tokenizer of RECIPE and save it, in the Hugging Face layout, in --output."""
+    loaded = load_recipe(recipe, overrides or [])
+    spec = loaded.recipe.tokenizer
+    if not isinstance(spec, SentencePieceTokenizer):
+        raise InputError(
+            f"kind {spec.kind} is not trained",
+            where=loaded.where("tokenizer.kind"),
+            remedy="use tokenizer.kind=sentencepiece tokenizer.vocab_size=32000",
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is not an empty directory", where="--output", remedy="name a new directory")
+    from llmtrain.data import build
+
+    cache = build.cache_directory(loaded.recipe.data.cache_dir)
+    build.prepare_tokenizer(loaded.recipe, cache).save_pretrained(output)
+    typer.echo(f"tokenizer saved in {output}")
+
+
+# -------------------------------------------------------------------------------------- recipes
+
+
+@recipes_app.command("list", epilog="Example: llmtrain recipes list")
+def recipes_list() -> None:
+    """List the recipes that come with llmtrain."""
+    rows: list[tuple[str, ...]] = []
+    for name in recipe_names():
+        recipe = load_recipe(name).recipe
+        rows.append((name, recipe.description, _architecture(recipe), recipe.algorithm.kind))
+    _print_table(("name", "description", "architecture", "algorithm"), rows)
+
+
+def _architecture(recipe: Recipe) -> str:
+    if isinstance(recipe.model, ModelFromConfig):
+        return recipe.model.architecture
+    return recipe.model.file if isinstance(recipe.model, ModelFromGGUF) else recipe.model.path
+
+
+def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table as wide as the terminal allows; in a pipe one line a row, with tabs between the columns."""
+    if not sys.stdout.isatty():
+        for row in [header, *rows]:
+            typer.echo("\t".join(row))
+        return
+    if shutil.get_terminal_size().columns < 90:  # too narrow for columns side by side
+        for name, description, *rest in rows:
+            typer.secho(name, bold=True)
+            typer.echo(f"  {description}\n  {', '.join(rest)}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in header:
+        table.add_column(column, no_wrap=column == "name", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(table)
+
+
+@recipes_app.command("show", epilog="Example: llmtrain recipes show quickstart --resolved")
+def recipes_show(
+    recipe: RecipeArgument,
+    resolved: Annotated[bool, typer.Option("--resolved", help="With `extends` and every default filled in.")] = False,
+) -> None:
+    """Print a recipe."""
+    text = resolved_dump(load_recipe(recipe).recipe) if resolved else recipe_file(recipe).read_text(encoding="utf-8")
+    if not sys.stdout.isatty():
+        typer.echo(text, nl=False)
+        return
+    from rich.console import Console
+    from rich.syntax import Syntax
+
+    Console().print(Syntax(text, "yaml", background_color="default", word_wrap=True))
+
+
+@recipes_app.command("copy", epilog="Example: llmtrain recipes copy pretrain/llama-12m mine.yaml")
+def recipes_copy(
+    recipe: RecipeArgument,
+    destination: Annotated[Path | None, typer.Argument(metavar="DEST", help="A new file, or a directory.")] = None,
+) -> None:
+    """Copy a recipe to edit it; nothing is overwritten."""
+    source = recipe_file(recipe)
+    target = destination or Path(source.name)
+    if target.is_dir():
+        target = target / source.name
+    try:
+        with target.open("xb") as file:
+            file.write(source.read_bytes())
+    except FileExistsError:
+        raise InputError(f"{target} exists", where="DEST", remedy="name a new file, or remove it first") from None
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error.strerror}", where="DEST") from None
+    typer.echo(f"{target}: edit it, then run: llmtrain train {target}")
+
+
+@recipes_app.command("validate", epilog="Example: llmtrain recipes validate mine.yaml steps=10 --world-size 8")
+def recipes_validate(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE|KEY=VALUE", help="Files or names; settings.")],
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks to split the global batch over.")] = 1,
+) -> None:
+    """Check recipes without loading anything, and show what is derived from them.
+
+    Every mistake is shown with its file and line; exit code 2 if there is any.
+    """
+    overrides = [text for text in recipes if "=" in text and not Path(text).is_file()]
+    names = [text for text in recipes if text not in overrides]
+    if not names:
+        raise InputError("no recipe is named, only settings", where="RECIPE", remedy="name a file or shipped recipe")
+    failed = False
+    for name in names:
+        try:
+            typer.echo(f"ok: {name}: {_derived(load_recipe(name, overrides), world_size)}")
+        except InputError as error:
+            failed = True
+            typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(EXIT_BAD_INPUT if failed else 0)
+
+
+def _derived(loaded: LoadedRecipe, world_size: int) -> str:
+    recipe = loaded.recipe
+    plan = plan_batch(recipe, world_size)
+    tokens = plan.sequences * recipe.sequence_length
+    length = f"{recipe.steps:,} steps" if recipe.steps is not None else f"{recipe.epochs:g} epochs"
+    total = f", {recipe.steps * tokens:,} tokens in all" if recipe.steps is not None else ""
+    return (
+        f"{length}, global batch {plan.sequences} x {recipe.sequence_length} = {tokens:,} tokens, "
+        f"{plan.world_size} {'rank' if plan.world_size == 1 else 'ranks'} x {plan.accumulation} accumulation "
+        f"x {plan.micro_sequences} micro{total}"
+    )

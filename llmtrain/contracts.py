@@ -1,0 +1,158 @@
+"""The contract between the loop, the algorithms and the engines.
+
+    for batch in algorithm.step_batches(step):      one batch an optimizer step
+        total = sum of the micro-batches' weights over all ranks
+        for micro in batch:
+            engine.backward(algorithm.loss(models, micro).sums / total)
+        engine.step(lr)
+
+An algorithm returns loss SUMS over a micro-batch; the loop divides once by the total weight of the
+global batch. That makes the gradient independent of how the batch was split over ranks and
+micro-batches. An algorithm knows no backend, an engine knows no algorithm, the loop knows neither
+a model nor a loss. Trainable models are keyed by name ("policy", later "critic"), and so are their
+engines, loss sums and weights.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+POLICY = "policy"  # the name of the only trainable model, where there is one
+
+
+class Sum(NamedTuple):
+    """A metric before its one division: reduced over ranks and micro-batches, then value / weight."""
+
+    value: Tensor | float
+    weight: float
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward works on.
+
+    Attributes:
+        tensors: whatever the algorithm's loss reads, on the CPU until the loop moves it.
+        weights: for each trainable model, how many units (tokens, sequences, pairs) count in its
+            loss; known before the forward, and zero for a micro-batch that only fills up a rank.
+        num_tokens: tokens of text in it, padding not counted; for throughput.
+    """
+
+    tensors: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    num_tokens: int
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        return MicroBatch(moved, self.weights, self.num_tokens)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The result of one micro-batch.
+
+    Attributes:
+        sums: for each trainable model, the scalar loss summed (never averaged) over what counts.
+        metrics: figures beside the loss, each a sum with its weight.
+    """
+
+    sums: Mapping[str, Tensor]
+    metrics: Mapping[str, Sum] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text the model was asked for while training, to look at."""
+
+    prompt: str
+    completion: str
+
+
+class Algorithm(Protocol):
+    """A source of batches and a loss; one file each in `llmtrain/algorithms`."""
+
+    def step_batches(self, first_step: int) -> Iterator[list[MicroBatch]]:
+        """This rank's micro-batches of one optimizer step after another, starting at `first_step` >= 0.
+
+        What step s yields must be a pure function of (seed, s, models), so that a resumed run sees
+        what the uninterrupted one would have seen. All ranks yield equally many micro-batches.
+        """
+        ...
+
+    def loss(self, models: Mapping[str, nn.Module], micro: MicroBatch) -> LossOutput:
+        """Loss sums over one micro-batch; `models` are the engines' modules."""
+        ...
+
+    def evaluate(self, models: Mapping[str, nn.Module], device: torch.device) -> dict[str, float]:
+        """Held-out figures, equal on all ranks; called in evaluation mode without gradients."""
+        ...
+
+    def samples(self, models: Mapping[str, nn.Module], device: torch.device) -> list[Sample]:
+        """Texts to look at; called on all ranks, in evaluation mode without gradients."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What beside (seed, step) the batches depend on; JSON values only."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an engine's optimizer step did.
+
+    Attributes:
+        grad_norm: global L2 norm of the gradient before clipping.
+        applied: False where the norm was not finite, so that no weight was changed.
+    """
+
+    grad_norm: float
+    applied: bool
+
+
+class Engine(Protocol):
+    """One trainable model on one backend; all ranks call every method in the same order."""
+
+    model: nn.Module
+    device: torch.device
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """Wraps a micro-batch's forward and backward; gradients are reduced in the last one only."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates the gradient of `loss`, summed (not averaged) over the ranks."""
+        ...
+
+    def step(self, lr: float) -> StepResult:
+        """Clips, steps the optimizer at learning rate `lr` and zeroes the gradients."""
+        ...
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode without gradients, with the averaged weights where EMA is on."""
+        ...
+
+    def full_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """Streams (name, whole tensor) of the weights to export, in the same order on all ranks."""
+        ...
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """This rank's share of the training state: flat names, tensors only, live (not copies)."""
+        ...
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+    def describe(self) -> str:
+        """One line of what really runs: backend, ranks, precision."""
+        ...
+
+
+def mark_last(batch: list[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
+    """Yields each micro-batch with whether it is the last of its optimizer step."""
+    for index, micro in enumerate(batch):
+        yield micro, index == len(batch) - 1

@@ -1,0 +1,1 @@
+"""From text to rows: sources, tokenizer, token cache, packing, data order, loader."""

@@ -1,0 +1,76 @@
+"""Finding input files and reading them as UTF-8, with errors that name file, line and byte."""
+
+import codecs
+import glob
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from llmtrain.errors import InputError
+
+GLOB_CHARACTERS = frozenset("*?[")
+
+
+def expand(patterns: Sequence[str]) -> list[Path]:
+    """The files that the paths and globs name, each once, sorted.
+
+    Raises:
+        InputError: a pattern that names no file.
+    """
+    return sorted({path for pattern in patterns for path in _expand_one(pattern)})
+
+
+def _expand_one(pattern: str) -> list[Path]:
+    path = Path(os.path.expanduser(pattern))
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        raise InputError("is a directory", where=pattern, remedy=f"name its files, for example {path / '**' / '*.txt'}")
+    if GLOB_CHARACTERS.isdisjoint(pattern):
+        raise InputError(f"no such file (looked in {Path.cwd()})", where=pattern, remedy="correct the path")
+    found = [Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)]
+    if not found:
+        remedy = "correct the pattern; names that begin with a dot are matched only by a pattern that has the dot"
+        raise InputError(f"matches no file (looked in {Path.cwd()})", where=pattern, remedy=remedy)
+    return found
+
+
+def open_binary(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def read_text(path: Path) -> str:
+    """A whole file; line ends stay as they are, a byte-order mark goes."""
+    with open_binary(path) as file:
+        return decode(file.read(), path, first_line=1, first_byte=0)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line with its end) one after another."""
+    first_byte = 0
+    with open_binary(path) as file:
+        for number, line in enumerate(file, start=1):
+            yield number, decode(line, path, number, first_byte)
+            first_byte += len(line)
+
+
+def decode(data: bytes, path: Path, first_line: int, first_byte: int) -> str:
+    """`data`, which begins at `first_line` and `first_byte` of the file, as UTF-8."""
+    if first_byte == 0 and data.startswith(codecs.BOM_UTF8):
+        data, first_byte = data[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + data.count(b"\n", 0, error.start)
+        encoding = "UTF-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "LATIN1"
+        name = shlex.quote(str(path))
+        raise InputError(
+            f"not UTF-8: byte 0x{data[error.start]:02x} at byte offset {first_byte + error.start}",
+            where=f"{path}:{line}",
+            remedy=f"convert it, for example: iconv -f {encoding} -t UTF-8 {name} > converted",
+        ) from None

@@ -1,0 +1,102 @@
+"""What a source holds, as a hash: the same content with the same settings gives the same cache.
+
+Files are hashed by content. So that a big corpus is not read again at each start, hashes are
+remembered in the cache directory by (real path, size, modification time, inode).
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from llmtrain.data import huggingface, python_tree
+from llmtrain.data.files import expand
+from llmtrain.data.hashing import hash_file, hash_settings
+from llmtrain.errors import InputError
+from llmtrain.recipe.schema import HuggingFaceSource, JSONLSource, ParquetSource, PythonSource, Source, TextSource
+
+# A file written within the clock's resolution of its hashing could change again without its
+# modification time changing (git's "racy" index entries); its hash is not remembered.
+SETTLED_NANOSECONDS = 2_000_000_000
+
+
+def fingerprint(source: Source, cache_dir: Path) -> str:
+    """Hash of what `read_documents(source)` yields, up to the versions of the reading libraries.
+
+    Raises:
+        InputError: as `read_documents` does, where files are missing.
+    """
+    settings: dict[str, Any] = source.model_dump(exclude={"weight", "path", "paths"})
+    if isinstance(source, PythonSource) and source.content != "source":
+        settings["python"] = list(sys.version_info[:2])  # docstrings come out of this interpreter's parser
+    files = _files(source)
+    if files is None:
+        assert isinstance(source, HuggingFaceSource)
+        settings["dataset"] = huggingface.load(source)._fingerprint  # the library's own, of revision and files
+    else:
+        name = hash_settings([source.kind, source.model_dump(include={"path", "paths"})])
+        settings["files"] = _hashes(files, cache_dir / "fingerprints" / name)
+    return hash_settings(settings)
+
+
+def _files(source: Source) -> list[Path] | None:
+    """The files behind a source in reading order, or None for a hub dataset."""
+    match source:
+        case TextSource() | JSONLSource() | ParquetSource():
+            return expand(source.paths)
+        case PythonSource():
+            return python_tree.files(source)
+        case HuggingFaceSource():
+            directory = huggingface.local_directory(source)
+            return None if directory is None else _visible_files(directory)
+
+
+def _visible_files(directory: Path) -> list[Path]:
+    found = []
+    for parent, below, names in os.walk(directory):
+        below[:] = [name for name in below if not name.startswith(".")]
+        # cache-*.arrow: what the datasets library itself leaves beside a saved dataset when mapping it
+        found += [Path(parent, name) for name in names if not name.startswith((".", "cache-"))]
+    return sorted(path for path in found if path.is_file())
+
+
+def _hashes(files: list[Path], memo: Path) -> list[str]:
+    """Content hashes in order. One process hashes while others wait for what it remembers."""
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{memo}.lock"):
+        known = _read_memo(memo)
+        fresh: dict[str, list[Any]] = {}
+        hashes = []
+        for path in files:
+            key, state = _state(path)
+            entry = known.get(key)
+            if entry is None or entry[0] != state:
+                entry = [state, hash_file(path)]
+            hashes.append(entry[1])
+            if time.time_ns() - state[1] > SETTLED_NANOSECONDS and _state(path)[1] == state:
+                fresh[key] = entry
+        if fresh != known:
+            aside = memo.with_suffix(".partial")
+            aside.write_text(json.dumps(fresh))
+            os.replace(aside, memo)
+    return hashes
+
+
+def _state(path: Path) -> tuple[str, list[int]]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    return os.path.realpath(path), [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _read_memo(memo: Path) -> dict[str, list[Any]]:
+    try:
+        known: dict[str, list[Any]] = json.loads(memo.read_text())
+    except (FileNotFoundError, ValueError):  # never written, or damaged: everything is hashed anew
+        return {}
+    return known

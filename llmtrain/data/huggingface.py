@@ -1,0 +1,111 @@
+"""Datasets that the `datasets` library reads: saved on disk, data files in a directory, or hub."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtrain.data.columns import check_string_column, missing_field
+from llmtrain.errors import InputError, nearest
+from llmtrain.recipe.schema import HuggingFaceSource
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+ROWS_IN_A_BATCH = 256
+
+
+def local_directory(source: HuggingFaceSource) -> Path | None:
+    """The directory that the source names, or None for a hub name."""
+    path = Path(os.path.expanduser(source.path))
+    if path.is_dir():
+        return path
+    if path.exists():
+        remedy = "name its directory, or use a text, jsonl or parquet source"
+        raise InputError("is a file, not a directory or hub name", where=source.path, remedy=remedy)
+    if path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
+        raise InputError("no such directory, and no hub name", where=source.path, remedy="correct the path")
+    return None
+
+
+def load(source: HuggingFaceSource) -> "Dataset":
+    """The split as a table that stays on disk; its text column is checked."""
+    directory = local_directory(source)
+    if directory is not None and any((directory / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        dataset = _load_saved(source, directory)
+    else:
+        dataset = _load_by_name(source, str(directory) if directory else source.path)
+    return _text_column(dataset, source)
+
+
+def _load_saved(source: HuggingFaceSource, directory: Path) -> "Dataset":
+    # Imported here because it costs a second that no other source should pay.
+    from datasets import DatasetDict, load_from_disk
+
+    if source.config is not None or source.revision is not None:
+        message = "was saved by save_to_disk, which knows neither config nor revision"
+        raise InputError(message, where=source.path, remedy="leave both out")
+    try:
+        dataset = load_from_disk(str(directory))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read as a saved dataset: {error}", where=source.path) from None
+    if isinstance(dataset, DatasetDict):
+        if source.split not in dataset:
+            raise _missing_split(source, [str(name) for name in dataset])
+        return dataset[source.split]
+    if dataset.split is not None and str(dataset.split) != source.split:
+        raise _missing_split(source, [str(dataset.split)])
+    return dataset
+
+
+def _missing_split(source: HuggingFaceSource, present: list[str]) -> InputError:
+    hint = nearest(source.split, present)
+    message = f"no split {source.split!r}; splits there: {', '.join(present)}{hint}"
+    return InputError(message, where=source.path, remedy="set `split` of this source to one of them")
+
+
+def _load_by_name(source: HuggingFaceSource, path: str) -> "Dataset":
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(path, name=source.config, split=source.split, revision=source.revision)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise InputError(
+            f"cannot be loaded (config {source.config}, split {source.split}, revision {source.revision}): {error}",
+            where=source.path,
+            remedy="correct path, config, split or revision; without a network, name a local directory",
+        ) from error
+
+
+def _text_column(dataset: "Dataset", source: HuggingFaceSource) -> "Dataset":
+    if source.field not in dataset.column_names:
+        raise missing_field(source.field, dataset.column_names, source.path)
+    check_string_column(dataset.features.arrow_schema.field(source.field).type, source.field, source.path)
+    return dataset.select_columns([source.field])
+
+
+def num_bytes(source: HuggingFaceSource) -> int:
+    return int(load(source).data.nbytes)
+
+
+def read(source: HuggingFaceSource) -> Iterator[str]:
+    """The text column, row by row; rows without a text are skipped and counted."""
+    dataset = load(source)
+    num_null = num_rows = 0
+    try:
+        for batch in dataset.iter(batch_size=ROWS_IN_A_BATCH):
+            for text in batch[source.field]:
+                num_rows += 1
+                if text is None:
+                    num_null += 1
+                else:
+                    yield text
+    except UnicodeDecodeError as error:
+        message = f"column {source.field!r} is not UTF-8 in the {ROWS_IN_A_BATCH} rows after row {num_rows}: {error}"
+        raise InputError(message, where=source.path) from None
+    if num_null:
+        log.info("%s: %d of %d rows have no %r and were skipped", source.path, num_null, len(dataset), source.field)

@@ -1,0 +1,153 @@
+"""Ranks, their process group, and the few collectives that are not an engine's business.
+
+Ranks come from the environment that torchrun sets. In one process there is no process group, and
+every function here is the identity.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from llmtrain.contracts import Sum
+from llmtrain.errors import InputError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands.
+
+    Attributes:
+        rank: 0 to size - 1, over all nodes.
+        size: number of processes.
+        local_rank: 0 to local_size - 1, on this node; the index of this process's GPU.
+        local_size: processes on this node.
+        device: what this rank computes on.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int, int]:
+    """(rank, size, local_rank, local_size) as torchrun announces them; (0, 1, 0, 1) without it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = [name for name in names if name in environment]
+    if not given:
+        return 0, 1, 0, 1
+    if len(given) < len(names):
+        missing = ", ".join(name for name in names if name not in environment)
+        raise InputError(
+            f"{', '.join(given)} set but not {missing}",
+            where="environment",
+            remedy="start with torchrun, or unset them to train in one process",
+        )
+    try:
+        rank, size, local_rank, local_size = (int(environment[name]) for name in names)
+    except ValueError as error:
+        raise InputError(f"ranks must be integers: {error}", where="environment") from None
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        raise InputError(f"RANK={rank} does not fit WORLD_SIZE={size}", where="environment")
+    return rank, size, local_rank, local_size
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of this rank; `wanted` is auto, cpu or cuda."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("device cuda is asked for and there is none", where="device", remedy="use auto or cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}",
+            where="device",
+            remedy="start at most one process a GPU (torchrun --nproc-per-node)",
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def joined(wanted_device: str, timeout_seconds: int) -> Iterator[World]:
+    """Joins the process group that the launcher announced, and leaves it at the end."""
+    rank, size, local_rank, local_size = ranks_from_environment()
+    device = choose_device(wanted_device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    try:
+        yield World(rank, size, local_rank, local_size, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def _collective_device() -> torch.device:
+    backend = dist.get_backend()
+    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+
+
+def sum_scalars(values: Sequence[float]) -> list[float]:
+    """Sums of each value over the ranks, in float64, by one collective."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    total = torch.tensor(values, dtype=torch.float64, device=_collective_device())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def average(sums: Mapping[str, Sum]) -> dict[str, float]:
+    """value / weight of each metric after one reduction over the ranks; NaN where nothing counted.
+
+    All ranks give the same names in the same order.
+    """
+    # Stacked where they are: one wait for the device, however many metrics there are.
+    on_device = [s.value.detach().double() for s in sums.values() if isinstance(s.value, torch.Tensor)]
+    from_device = iter(torch.stack(on_device).tolist() if on_device else [])
+    values = [next(from_device) if isinstance(s.value, torch.Tensor) else s.value for s in sums.values()]
+    totals = sum_scalars([*values, *(s.weight for s in sums.values())])
+    num = len(sums)
+    return {name: totals[i] / totals[num + i] if totals[num + i] else float("nan") for i, name in enumerate(sums)}
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value on every rank."""
+    if not dist.is_initialized():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank; for small control data only."""
+    if not dist.is_initialized():
+        return [value]
+    holder: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(holder, value)
+    return holder  # type: ignore[return-value]

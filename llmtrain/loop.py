@@ -1,0 +1,157 @@
+"""The one training loop: for every algorithm, on every engine.
+
+It fetches the micro-batches of an optimizer step, sums their weights over all ranks, and divides
+each loss sum by that total; all else is the algorithm's or the engine's.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from llmtrain import distributed
+from llmtrain.checkpoint.state import Progress, save_state
+from llmtrain.checkpoint.store import CheckpointStore
+from llmtrain.contracts import POLICY, Algorithm, Engine, MicroBatch, StepResult, Sum, mark_last
+from llmtrain.errors import TrainingError
+from llmtrain.observe.observer import Observer
+from llmtrain.recipe.schema import Recipe
+from llmtrain.schedule import learning_rate
+from llmtrain.signals import StopRequest
+
+
+@dataclass
+class Loop:
+    """A run in progress.
+
+    Attributes:
+        engines: one for each trainable model, by the names the algorithm's losses are keyed with.
+        num_steps: steps of the whole run.
+        stop: set when this rank is asked to stop; a stop on any rank stops all after the step.
+    """
+
+    recipe: Recipe
+    algorithm: Algorithm
+    engines: Mapping[str, Engine]
+    num_steps: int
+    store: CheckpointStore
+    stop: StopRequest
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.models = {name: engine.model for name, engine in self.engines.items()}
+        self.device = self.engines[POLICY].device
+
+    def run(self, observer: Observer) -> bool:
+        """Trains to the last step. Returns False when stopped before it, with a checkpoint saved."""
+        recipe, progress = self.recipe, self.progress
+        if progress.step == 0:
+            observer.step({"step": 0, "tokens": 0} | self._evaluate(observer))
+        batches = self.algorithm.step_batches(progress.step)
+        while progress.step < self.num_steps:
+            record, stopping = self._step(batches)
+            done = progress.step == self.num_steps
+            if done or progress.step % recipe.evaluation.every == 0:
+                record |= self._evaluate(observer)
+            observer.step(record)
+            if recipe.samples is not None and (done or progress.step % recipe.samples.every == 0):
+                self._sample(observer)
+            if done or stopping or progress.step % recipe.checkpoint.every == 0:
+                save_state(self.store, self.progress, self.engines, self.algorithm)
+            if stopping and not done:
+                return False
+        return True
+
+    def _step(self, batches: Any) -> tuple[dict[str, float], bool]:
+        """One optimizer step. Returns its record, and whether some rank was asked to stop."""
+        started = time.perf_counter()
+        batch: list[MicroBatch] = next(batches)
+        names = list(self.engines)
+        mine = [sum(micro.weights[name] for micro in batch) for name in names]
+        # One collective for all that must be known before the forward.
+        *weights, step_tokens, stops = distributed.sum_scalars(
+            [*mine, sum(micro.num_tokens for micro in batch), float(bool(self.stop))]
+        )
+        totals = dict(zip(names, weights, strict=True))
+        lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, self.progress.step + 1, self.num_steps)
+
+        sums = self._forward_backward(batch, totals)
+        results = {name: engine.step(lr) for name, engine in self.engines.items()}
+        averages = distributed.average(sums)
+        self._count(results, int(step_tokens), averages)
+
+        record: dict[str, float] = {
+            "step": self.progress.step,
+            **averages,
+            **{_key("grad_norm", name): result.grad_norm for name, result in results.items()},
+            "lr": lr,
+            "tokens": self.progress.tokens,
+            "step_tokens": step_tokens,
+            "step_seconds": time.perf_counter() - started,
+            "skipped": self.progress.skipped,
+        }
+        return record, stops > 0
+
+    def _forward_backward(self, batch: list[MicroBatch], totals: Mapping[str, float]) -> dict[str, Sum]:
+        """Accumulates the gradient of each loss sum over its total; returns this rank's metric sums."""
+        sums: dict[str, Sum] = {}
+
+        def add(name: str, value: Tensor | float, weight: float) -> None:
+            before = sums.get(name, Sum(0.0, 0.0))
+            sums[name] = Sum(before.value + value, before.weight + weight)
+
+        for micro, last in mark_last(batch):
+            with ExitStack() as stack:
+                for engine in self.engines.values():
+                    stack.enter_context(engine.accumulate(last))
+                output = self.algorithm.loss(self.models, micro.to(self.device))
+                for name, engine in self.engines.items():
+                    # A global batch in which nothing counts has sum 0 and changes nothing.
+                    engine.backward(output.sums[name] / max(totals[name], 1.0))
+                    add(_key("loss", name), output.sums[name].detach(), micro.weights[name])
+            for name, (value, weight) in output.metrics.items():
+                add(name, value, weight)
+        return sums
+
+    def _count(self, results: Mapping[str, StepResult], step_tokens: int, averages: Mapping[str, float]) -> None:
+        progress = self.progress
+        progress.step += 1
+        progress.tokens += step_tokens
+        if all(result.applied for result in results.values()):
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row >= self.recipe.optimizer.max_skipped_steps:
+            norms = ", ".join(f"{name} {result.grad_norm}" for name, result in results.items())
+            raise TrainingError(
+                f"step {progress.step}: {progress.skipped_in_a_row} steps in a row had a gradient that is not finite "
+                f"(norm: {norms}; loss: {averages.get('loss', math.nan)}); they were skipped and the weights are "
+                "those before them.\n  remedy: lower optimizer.lr, lengthen schedule.warmup_steps, or use precision "
+                "fp32; the same command goes on from the last checkpoint"
+            )
+
+    def _evaluate(self, observer: Observer) -> dict[str, float]:
+        with self._evaluating():
+            figures = self.algorithm.evaluate(self.models, self.device)
+        observer.evaluation(self.progress.step, figures)
+        return {f"eval_{name}": value for name, value in figures.items()}
+
+    def _sample(self, observer: Observer) -> None:
+        with self._evaluating():
+            samples = self.algorithm.samples(self.models, self.device)
+        observer.samples(self.progress.step, samples)
+
+    def _evaluating(self) -> ExitStack:
+        stack = ExitStack()
+        for engine in self.engines.values():
+            stack.enter_context(engine.evaluating())
+        return stack
+
+
+def _key(figure: str, model: str) -> str:
+    return figure if model == POLICY else f"{model}_{figure}"

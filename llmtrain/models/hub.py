@@ -1,0 +1,244 @@
+"""Decoders of transformers: from a config, a directory or the hub, or a GGUF file; and export."""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
+
+from llmtrain.errors import InputError, nearest
+from llmtrain.recipe.schema import ModelFromConfig, ModelFromGGUF, ModelFromPretrained, Recipe
+
+log = logging.getLogger(__name__)
+disable_progress_bar()  # of transformers' own loading and writing: it would tear our progress
+
+MODEL_DTYPE = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The recipe's model, with random weights by the recipe's seed or with its pretrained ones.
+
+    Raises:
+        InputError: unknown architecture or config field, weights that are not there or do not fit,
+            vocabulary smaller than the tokenizer's, rows longer than the model's positions.
+    """
+    spec, dtype = recipe.model, MODEL_DTYPE[recipe.precision]
+    torch.manual_seed(recipe.seed)
+    if isinstance(spec, ModelFromConfig):
+        config = _config_from_fields(spec, tokenizer, recipe.sequence_length)
+        _check_fit(config, tokenizer, recipe.sequence_length)
+        with _as_input_error("model"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(spec.attention))
+    elif isinstance(spec, ModelFromPretrained):
+        model = _from_pretrained(spec, dtype, recipe, tokenizer)
+    else:
+        model = _from_gguf(spec, dtype)
+        _check_fit(model.config, tokenizer, recipe.sequence_length)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise InputError(
+            f"the model's embedding has {rows} rows and the tokenizer {len(tokenizer)} tokens",
+            where="tokenizer",
+            remedy="use the tokenizer that lies beside the model (tokenizer: {kind: model})",
+        )
+    return model
+
+
+def _attention(kernel: str) -> dict[str, str]:
+    return {} if kernel == "auto" else {"attn_implementation": kernel}
+
+
+def _config_from_fields(
+    spec: ModelFromConfig, tokenizer: PreTrainedTokenizerBase, sequence_length: int
+) -> PreTrainedConfig:
+    if spec.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or spec.architecture not in CONFIG_MAPPING_NAMES:
+        raise InputError(
+            f"transformers has no decoder of type {spec.architecture!r}"
+            f"{nearest(spec.architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}",
+            where="model.architecture",
+        )
+    with _as_input_error("model.config"):
+        template = AutoConfig.for_model(spec.architecture)
+    # transformers takes any field in silence, so a misspelt one would train another model.
+    known = {*template.to_dict(), *template.attribute_map}
+    for key in spec.config:
+        if key not in known:
+            raise InputError(
+                f"{type(template).__name__} has no field {key!r}{nearest(key, known)}", where=f"model.config.{key}"
+            )
+    fields: dict[str, Any] = {"vocab_size": len(tokenizer), **spec.config}
+    if "max_position_embeddings" in known:
+        fields.setdefault("max_position_embeddings", sequence_length)
+    for token in ("bos", "eos", "pad"):
+        fields.setdefault(f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
+    _check_rope_type(fields.get("rope_parameters"), "model.config.rope_parameters")
+    with _as_input_error("model.config"), _rope_warnings_as_errors("model.config.rope_parameters"):
+        return AutoConfig.for_model(spec.architecture, **fields)
+
+
+def _from_pretrained(
+    spec: ModelFromPretrained, dtype: torch.dtype, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    source = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    with _as_input_error("model.path"):
+        config = AutoConfig.from_pretrained(spec.path, **source)
+    if spec.rope_parameters is not None:
+        _stretch_rope(config, spec.rope_parameters)
+    _check_fit(config, tokenizer, recipe.sequence_length)
+    with _as_input_error("model.path"):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,  # never unpickles what comes from outside
+            output_loading_info=True,
+            **source,
+            **_attention(spec.attention),
+        )
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        names = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+        raise InputError(
+            f"{spec.path} lacks {len(names)} of the model's weights, or has them in another shape: "
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
+            where="model.path",
+            remedy="give a directory that holds a causal language model of this config",
+        )
+    return model
+
+
+def _from_gguf(spec: ModelFromGGUF, dtype: torch.dtype) -> PreTrainedModel:
+    file = Path(spec.file)
+    if not file.is_file():
+        raise InputError(f"no such file: {spec.file}", where="model.file")
+    with _as_input_error("model.file"):
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True, **_attention(spec.attention)
+        )
+    # The weights are plain tensors now; a config that says otherwise could not be saved.
+    del model.config.quantization_config
+    fresh: PreTrainedModel = AutoModelForCausalLM.from_config(model.config, dtype=dtype, **_attention(spec.attention))
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def _stretch_rope(config: PreTrainedConfig, parameters: dict[str, Any]) -> None:
+    """Sets RoPE scaling, and the longer context that its factor gives."""
+    where = "model.rope_parameters"
+    _check_rope_type(parameters, where)
+    old = config.to_dict().get("rope_parameters")
+    if old is None:
+        raise InputError(f"{type(config).__name__} has no RoPE", where=where)
+    original = parameters.get("original_max_position_embeddings", config.max_position_embeddings)
+    if "rope_theta" in old:
+        parameters = {"rope_theta": old["rope_theta"], **parameters}
+    if parameters["rope_type"] in ("yarn", "llama3", "longrope"):
+        parameters = {"original_max_position_embeddings": original, **parameters}
+    config.rope_parameters = dict(parameters)
+    config.max_position_embeddings = int(original * parameters.get("factor", 1.0))
+    with _as_input_error(where), _rope_warnings_as_errors(where):
+        config.standardize_rope_params()
+        config.validate_rope()
+
+
+def _check_rope_type(parameters: Any, where: str) -> None:
+    if parameters is None:
+        return
+    kinds = ["default", *ROPE_INIT_FUNCTIONS]
+    for part in [parameters] if "rope_type" in parameters else [v for v in parameters.values() if isinstance(v, dict)]:
+        kind = str(part.get("rope_type"))
+        if kind not in kinds:
+            raise InputError(
+                f"unknown rope_type {kind!r}{nearest(kind, kinds)} (allowed: {', '.join(kinds)})",
+                where=f"{where}.rope_type",
+            )
+
+
+def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
+    if config.vocab_size < len(tokenizer):
+        raise InputError(
+            f"the model has {config.vocab_size} token ids and the tokenizer {len(tokenizer)}",
+            where="model.config.vocab_size",
+            remedy=f"set it to {len(tokenizer)} or more, leave it out, or use the model's own tokenizer",
+        )
+    longest = config.to_dict().get("max_position_embeddings")
+    if longest is not None and sequence_length > longest:
+        raise InputError(
+            f"rows of {sequence_length} tokens, and the model was made for {longest}",
+            where="sequence_length",
+            remedy=f"use {longest} or less, or stretch the model with rope_parameters (yarn, linear, dynamic)",
+        )
+
+
+@contextmanager
+def _as_input_error(where: str) -> Iterator[None]:
+    """What transformers raises for things that are wrong or not there, as an error of the recipe."""
+    try:
+        yield
+    except (StrictDataclassError, OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).strip().strip("'\"").splitlines() if line.strip()]
+        raise InputError(" ".join(lines[:3]), where=where) from error
+
+
+@contextmanager
+def _rope_warnings_as_errors(where: str) -> Iterator[None]:
+    """transformers only warns of RoPE fields that are unknown or out of range."""
+    messages: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, handler = logging.getLogger("transformers.modeling_rope_utils"), Collect(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    # The ratio of the two lengths may differ from the factor on purpose (DeepSeek's models do).
+    wrong = [message for message in messages if "does not match the ratio" not in message]
+    if wrong:
+        raise InputError(" ".join(wrong), where=where)
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    parameters: Iterable[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+) -> None:
+    """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads: config, safetensors, tokenizer.
+
+    Args:
+        model: gives the config and the names; its own weights are not read.
+        parameters: (name, whole tensor) of each weight, as `Engine.full_parameters` streams them.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters}
+    dtype = next(iter(state.values())).dtype  # read now: transformers empties the mapping as it writes
+    use_cache, model.config.use_cache = model.config.use_cache, True  # training had switched it off
+    try:
+        model.save_pretrained(directory, state_dict=state)
+    finally:
+        model.config.use_cache = use_cache
+    tokenizer.save_pretrained(directory)
+    # A config without dtype loads as float32, whatever the file holds.
+    config_file = directory / "config.json"
+    config = json.loads(config_file.read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,186 @@
+"""The language-model head and its loss, a chunk of rows at a time.
+
+The logits of a batch, [tokens, vocabulary] in float32, are the largest tensor of a training step
+(2 GiB at 4k tokens and a 128k vocabulary, three times that in backward). Here only a chunk of them
+ever lives. Both functions take the hidden states before the head and the head's weight:
+
+    linear_cross_entropy  the loss sum; its gradients are computed chunk by chunk in the forward,
+                          so no chunk is computed twice
+    linear_logprobs       log-probability and entropy of each row, for losses that are functions of
+                          them (RL, preferences); chunks are recomputed in backward
+
+Logits are computed in the hidden states' dtype (autocast's where it is on), reductions over the
+vocabulary in float32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # a target that does not count, as in torch and transformers
+
+# Elements of one chunk of float32 logits. Small enough for a CPU's last-level cache to matter, and
+# on a GPU for the chunk to be a small part of its memory; large enough for a full-speed GEMM.
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+
+
+def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
+    elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"])
+    return max(64, elements // weight.shape[0])
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Float32 logits [rows, V] of hidden states [rows, D]."""
+    logits = (hidden @ weight.t()).float()
+    return logits if bias is None else logits.add_(bias.float())
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        dtype = _compute_dtype(hidden)
+        h, w = hidden.to(dtype), weight.to(dtype)
+        needs_h, needs_w = hidden.requires_grad, weight.requires_grad
+        needs_b = bias is not None and bias.requires_grad
+        grad_h = torch.empty_like(hidden) if needs_h else None
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if needs_w else None
+        grad_b = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_b else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+
+        rows = _rows_per_chunk(hidden, weight)
+        # Inside a custom function autocast would cast again, and undo the float32 of the reductions.
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.shape[0], rows):
+                part = slice(start, start + rows)
+                counted = targets[part] != IGNORE_INDEX
+                index = targets[part].clamp_min(0).unsqueeze(1)
+                logp = _logits(h[part], w, bias).log_softmax(1)
+                loss -= logp.gather(1, index).squeeze(1).masked_fill_(~counted, 0.0).sum()
+                if not (needs_h or needs_w or needs_b):
+                    continue
+                # d nll / d logits = softmax - onehot, and nothing for a row that does not count
+                grad = logp.exp_()
+                grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
+                grad.masked_fill_(~counted.unsqueeze(1), 0.0)
+                if grad_b is not None:
+                    grad_b += grad.sum(0)
+                grad = grad.to(dtype)
+                if grad_h is not None:
+                    grad_h[part] = grad @ w
+                if grad_w is not None:
+                    if dtype == torch.float32:
+                        grad_w.addmm_(grad.t(), h[part])
+                    else:
+                        grad_w += grad.t() @ h[part]
+        ctx.save_for_backward(grad_h, grad_w, grad_b)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_h, grad_w, grad_b = ctx.saved_tensors
+        scaled_h = None if grad_h is None else grad_h * grad_loss.to(grad_h.dtype)
+        scaled_w = None if grad_w is None else (grad_w * grad_loss).to(ctx.weight_dtype)
+        scaled_b = None if grad_b is None else (grad_b * grad_loss).to(ctx.weight_dtype)
+        return scaled_h, scaled_w, scaled_b, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Sum over counted rows of -log softmax(hidden @ weight.T + bias)[target], in nats.
+
+    Args:
+        hidden: [N, D] hidden states before the head.
+        weight: [V, D] weight of the head.
+        targets: [N] int64 token ids; IGNORE_INDEX where a row does not count.
+        bias: [V] bias of the head.
+
+    Returns:
+        A float32 scalar.
+    """
+    loss: Tensor = _CrossEntropySum.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _LogprobsAndEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.dtype, ctx.temperature = _compute_dtype(hidden), temperature
+        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        num_rows = hidden.shape[0]
+        logprobs, entropy, normalisers = (hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
+        rows = _rows_per_chunk(hidden, weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, num_rows, rows):
+                part = slice(start, start + rows)
+                scaled = _logits(h[part], w, bias).div_(temperature)
+                normaliser = scaled.logsumexp(1)
+                logprobs[part] = scaled.gather(1, targets[part].clamp_min(0).unsqueeze(1)).squeeze(1) - normaliser
+                logp = scaled.sub_(normaliser.unsqueeze(1))
+                entropy[part] = -(logp.exp() * logp).sum(1)
+                normalisers[part] = normaliser
+        counted = targets != IGNORE_INDEX
+        logprobs.masked_fill_(~counted, 0.0)
+        entropy.masked_fill_(~counted, 0.0)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy, normalisers)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, entropy, normalisers = ctx.saved_tensors
+        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        needs_h, needs_w, needs_b = ctx.needs_input_grad[:3]
+        grad_h = torch.empty_like(hidden) if needs_h else None
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if needs_w else None
+        grad_b = torch.zeros_like(bias, dtype=torch.float32) if needs_b else None
+        counted = (targets != IGNORE_INDEX).float()
+        rows = _rows_per_chunk(hidden, weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.shape[0], rows):
+                part = slice(start, start + rows)
+                by_logprob = (grad_logprobs[part] * counted[part]).unsqueeze(1)
+                by_entropy = (grad_entropy[part] * counted[part]).unsqueeze(1)
+                logp = _logits(h[part], w, bias).div_(ctx.temperature).sub_(normalisers[part].unsqueeze(1))
+                p = logp.exp()
+                # d logp_y / dz = onehot - p;  dH / dz = -p (log p + H)
+                grad = -p * (by_logprob + by_entropy * (logp + entropy[part].unsqueeze(1)))
+                grad.scatter_add_(1, targets[part].clamp_min(0).unsqueeze(1), by_logprob)
+                grad.div_(ctx.temperature)
+                if grad_b is not None:
+                    grad_b += grad.sum(0)
+                grad = grad.to(ctx.dtype)
+                if grad_h is not None:
+                    grad_h[part] = grad @ w
+                if grad_w is not None:
+                    grad_w += grad.t() @ h[part]
+        return (
+            grad_h,
+            None if grad_w is None else grad_w.to(weight.dtype),
+            None if grad_b is None else grad_b.to(weight.dtype),
+            None,
+            None,
+        )
+
+
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of each row's distribution, both differentiable.
+
+    The distribution is softmax((hidden @ weight.T + bias) / temperature). Arguments as in
+    `linear_cross_entropy`.
+
+    Returns:
+        (logprobs, entropy): float32 [N] each, in nats; zero where the target is IGNORE_INDEX.
+    """
+    pair: tuple[Tensor, Tensor] = _LogprobsAndEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, temperature
+    )
+    return pair

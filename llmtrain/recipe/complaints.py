@@ -1,0 +1,183 @@
+"""pydantic's errors, said so that the person who wrote the recipe can act on them.
+
+Each becomes one line: the place, the key, what is wrong, what is allowed, the value that was given.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from llmtrain.errors import nearest
+from llmtrain.recipe.introspect import below, dotted_keys, kind_of, kinds, literals, section_class, strip
+from llmtrain.recipe.problems import Problem
+from llmtrain.recipe.schema import Recipe, Section
+from llmtrain.recipe.yaml_tree import Node, Path
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a section of key: value lines",
+    "model_type": "a section of key: value lines",
+    "model_attributes_type": "a section of key: value lines",
+    "finite_number": "a finite number",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def complaints(error: ValidationError, root: Node) -> list[Problem]:
+    """One problem for each of pydantic's errors, in its order."""
+    return [_complaint(dict(entry), root) for entry in error.errors(include_url=False)]
+
+
+def _complaint(entry: Mapping[str, Any], root: Node) -> Problem:
+    path, parent, annotation = _locate(entry["loc"])
+    kind, context = entry["type"], entry.get("ctx", {})
+    if kind == "value_error":
+        mentioned = _mentioned(str(context["error"]), path, root)
+        return _problem(root, mentioned, path, str(context["error"]))
+    if kind == "missing":
+        return _problem(root, path, path[:-1], f"missing key {path[-1]!r}{_meaning(parent, path[-1])}")
+    if kind == "extra_forbidden":
+        return _problem(root, path, path, _unknown_key(str(path[-1]), path, parent))
+    if kind == "union_tag_not_found":
+        return _problem(root, path, path, f"missing key 'kind'; allowed: {', '.join(kinds(annotation))}")
+    if kind == "union_tag_invalid":
+        path = (*path, "kind")
+        node = root.find(path)
+        return _problem(root, path, path, _not_among(node.value if node else None, tuple(kinds(annotation))))
+    return _problem(root, path, path, _wrong_value(kind, context, entry["input"], annotation))
+
+
+def _problem(root: Node, place: Path, key: Path, message: str) -> Problem:
+    """A problem at the place of `place`, about `key`."""
+    dotted = ".".join(str(part) for part in key)
+    return Problem(root.place_of(place), f"{dotted}: {message}" if dotted else message)
+
+
+def _locate(loc: tuple[str | int, ...]) -> tuple[Path, Any, Any]:
+    """(path without the tags of unions, annotation of the section that holds it, its own annotation)."""
+    path: list[str | int] = []
+    parent: Any = None
+    annotation: Any = Recipe
+    for part in loc:
+        members = kinds(annotation)
+        if members:
+            annotation = members[str(part)]
+        else:
+            path.append(part)
+            parent, annotation = annotation, below(annotation, part)
+    return tuple(path), parent, annotation
+
+
+def _mentioned(message: str, section: Path, root: Node) -> Path:
+    """The key within `section` that a message is about, to point at: an override's before a file's."""
+    names = re.findall(r"[a-z_]+(?:\.[a-z_]+)*", message)
+    paths = [(*section, *name.split(".")) for name in names]
+    written = [path for path in paths if root.find(path) is not None]
+    overridden = [path for path in written if root.place_of(path).startswith("override")]
+    return (overridden or written or [section])[0]
+
+
+def _meaning(parent: Any, name: str | int) -> str:
+    """What a missing key would say, in brackets."""
+    section = section_class(parent)
+    assert section is not None, "only sections require keys"
+    field = section.model_fields[str(name)]
+    single = section_class(field.annotation)
+    if field.description:
+        meaning = field.description.rstrip(".")
+    elif single is not None:
+        meaning = (single.__doc__ or "").split(";")[0].rstrip(".")
+    else:
+        meaning = f"kind {', '.join(kinds(field.annotation))}"
+    return f" ({meaning})"
+
+
+def _unknown_key(name: str, path: Path, parent: Any) -> str:
+    section = section_class(parent)
+    assert section is not None, "only sections forbid keys"
+    allowed = sorted(section.model_fields, key=lambda key: key != "kind")  # the kind decides on the others
+    of_kind = f" for kind {kind_of(section)}" if "kind" in allowed else ""
+    return f"unknown key {name!r}{of_kind}{_elsewhere(name, path, allowed)}; allowed: {', '.join(allowed)}"
+
+
+def _elsewhere(name: str, path: Path, allowed: list[str]) -> str:
+    """Where an unknown key may have been meant to go: another kind, a similar name, another section."""
+    siblings = [kind for kind, section in _siblings(path).items() if name in section.model_fields]
+    if siblings:
+        return f"; {'kinds' if len(siblings) > 1 else 'kind'} {', '.join(siblings)} would take it"
+    hint = nearest(name, allowed)
+    if hint:
+        return hint
+    others = [dotted for dotted in dict.fromkeys(dotted_keys(Recipe)) if dotted.split(".")[-1] == name]
+    return f"; there is {' and '.join(others[:2])}" if others else ""
+
+
+def _siblings(path: Path) -> dict[str, type[Section]]:
+    """The kinds that the section above `path` comes in."""
+    annotation: Any = Recipe
+    for part in path[:-1]:
+        annotation = below(annotation, part)
+    return kinds(annotation)
+
+
+def _not_among(given: Any, allowed: tuple[str, ...]) -> str:
+    hint = nearest(given, allowed) if isinstance(given, str) else ""
+    return f"{_shown(given)} is not allowed{hint}; allowed: {', '.join(allowed)}"
+
+
+def _wrong_value(kind: str, context: Mapping[str, Any], given: Any, annotation: Any) -> str:
+    if kind == "literal_error":
+        return _not_among(given, literals(annotation))
+    if kind in _BOUNDS:
+        bound, words = _BOUNDS[kind]
+        return f"must be {words} {context[bound]:g}, given {_shown(given)}"
+    if kind in ("too_short", "too_long"):
+        word, length = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
+        num = context[length]
+        return f"must have {word} {num} item{'s' if num > 1 else ''}, given {context['actual_length']}"
+    if kind == "string_pattern_mismatch":
+        return f"may hold letters, digits, '.', '_' and '-' and begins with a letter or digit, given {_shown(given)}"
+    expected = _EXPECTED[kind]
+    hint = ""
+    if expected == "text" and isinstance(given, (bool, int, float)):
+        hint = "; put it in quotes"
+    elif kind.startswith("int") and isinstance(given, float) and given.is_integer():
+        hint = f"; write {int(given)}"
+    elif strip(annotation) in (int, float) and isinstance(given, str) and _is_number(given):
+        hint = "; write it as plain digits, without quotes or separators"
+    return f"expected {expected}, given {_shown(given)}{hint}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    """A value in the recipe's terms, with the type where it cannot be seen."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"the text {value!r}" if len(value) <= 60 else f"the text {value[:57]!r}..."
+    if isinstance(value, dict):
+        return "a section" + (f" with {', '.join(list(value)[:5])}" if value else " without keys")
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return repr(value)

@@ -1,0 +1,162 @@
+"""From a file name and overrides to a checked recipe.
+
+All mistakes of a recipe are reported together, each with its file and line.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from llmtrain.errors import nearest
+from llmtrain.recipe import shipped, yaml_tree
+from llmtrain.recipe.complaints import complaints
+from llmtrain.recipe.merge import apply_override, merge, with_default_kinds
+from llmtrain.recipe.problems import Problem, RecipeError
+from llmtrain.recipe.schema import Recipe
+from llmtrain.recipe.yaml_tree import Node
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe and where it came from.
+
+    Attributes:
+        recipe: the checked recipe, defaults filled in.
+        path: its file.
+        files: that file and those it extends, itself first.
+        overrides: the `key=value` texts that were applied.
+        tree: the merged recipe as written, with places.
+    """
+
+    recipe: Recipe
+    path: Path
+    files: tuple[Path, ...]
+    overrides: tuple[str, ...]
+    tree: Node
+
+    def where(self, key: str) -> str:
+        """`key`, dotted, with the file and line that set it, or that of the section above it.
+
+        For errors about a value that only later turn out, such as a file that is not there.
+        """
+        path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        return f"{self.tree.place_of(path)}: {key}"
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Reads, merges and checks a recipe.
+
+    Args:
+        path: a YAML file, or the name of a shipped recipe such as quickstart or pretrain/llama-1b.
+        overrides: `dotted.key=value` texts, applied in order; values are YAML.
+
+    Raises:
+        RecipeError: naming every mistake, each with file and line or override.
+    """
+    source = os.fspath(path)
+    problems: list[Problem] = []
+    file = recipe_file(source)
+    files: list[Path] = []
+    tree = _read_chain(file, files, problems)
+    if tree is None:
+        raise RecipeError(source, problems)
+    tree = with_default_kinds(tree)
+    for override in overrides:
+        tree = apply_override(tree, override, problems)
+    try:
+        recipe = Recipe.model_validate(tree.plain())
+    except ValidationError as error:
+        raise RecipeError(source, [*problems, *complaints(error, tree)]) from None
+    if problems:
+        raise RecipeError(source, problems)
+    return LoadedRecipe(recipe, file, tuple(files), tuple(overrides), tree)
+
+
+def recipe_file(name: str) -> Path:
+    """The file that `name` means: a file, else the shipped recipe of that name.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    problems: list[Problem] = []
+    file = _resolve(name, None, name, problems)
+    if file is None:
+        raise RecipeError(name, problems)
+    return file
+
+
+def _resolve(name: str, relative_to: Path | None, place: str, problems: list[Problem]) -> Path | None:
+    """The file that `name` means, or None with a problem."""
+    file = relative_to / name if relative_to is not None else Path(name)
+    if file.is_file():
+        return file
+    found = shipped.find_recipe(name)
+    if found is not None:
+        return found
+    if file.is_dir():
+        problems.append(Problem(place, f"{file} is a directory, not a recipe file"))
+    else:
+        names = shipped.recipe_names()
+        problems.append(
+            Problem(
+                place,
+                f"there is neither a file {file} nor a shipped recipe of that name{nearest(name, names)}; "
+                f"shipped: {', '.join(names)}",
+            )
+        )
+    return None
+
+
+def _read_chain(file: Path, files: list[Path], problems: list[Problem]) -> Node | None:
+    """The recipe in `file` laid over what it extends; None where it cannot be read."""
+    files.append(file)
+    tree = _read(file, problems)
+    if tree is None:
+        return None
+    entries = dict(tree.value)
+    extends = entries.pop("extends", None)
+    child = Node(entries, tree.place)
+    if extends is None:
+        return child
+    if not isinstance(extends.value, str):
+        problems.append(Problem(extends.place, "extends: expected one file or shipped recipe name"))
+        return None
+    parent = _resolve(extends.value, file.parent, f"{extends.place}: extends", problems)
+    if parent is None:
+        return None
+    if any(parent.samefile(earlier) for earlier in files):
+        chain = " -> ".join(str(link) for link in [*files, parent])
+        problems.append(Problem(extends.place, f"extends: the recipes extend each other: {chain}"))
+        return None
+    base = _read_chain(parent, files, problems)
+    return merge(with_default_kinds(base), child) if base is not None else None
+
+
+def _read(file: Path, problems: list[Problem]) -> Node | None:
+    """The mapping that `file` holds; None, with a problem, where it holds none."""
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        problems.append(Problem(str(file), f"cannot be read: {error.strerror}"))
+        return None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        problems.append(
+            Problem(f"{file}:{line}", f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8")
+        )
+        return None
+    tree = yaml_tree.parse(text, lambda line: f"{file}:{line}", problems)
+    if tree is None:
+        return None
+    if tree.value is None:
+        problems.append(Problem(tree.place, "the recipe is empty"))
+        return None
+    if not isinstance(tree.value, dict):
+        problems.append(Problem(tree.place, "a recipe is a mapping: lines of key: value"))
+        return None
+    return tree

@@ -1,0 +1,104 @@
+"""`llmtrain generate`: texts from a run or from a model directory, through transformers' generate."""
+
+import logging
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from llmtrain.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+def generate(
+    model: str,
+    prompts: list[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 1.0,
+    num: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+) -> int:
+    """Prints `num` continuations of each prompt as they are made; returns the exit code.
+
+    Args:
+        model: a run directory (its final/ is used) or a Hugging Face model directory or hub name.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling (arXiv 1904.09751); 1 is off.
+
+    Raises:
+        InputError: no model there, or a prompt that does not fit it.
+    """
+    where = _model_directory(model)
+    console = Console(highlight=False)
+    with console.status(f"loading {where}"):
+        tokenizer, weights = _load(where, device)
+    torch.manual_seed(seed)
+    for prompt in prompts:
+        for number in range(num):
+            title = f"{prompt[:50]!r}" + (f" ({number + 1} of {num})" if num > 1 else "")
+            console.rule(title, align="left")
+            _continue(weights, tokenizer, prompt, max_new_tokens, temperature, top_p)
+    return 0
+
+
+def _model_directory(model: str) -> str:
+    path = Path(model)
+    if not path.exists():
+        if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+            raise InputError(f"no such directory: {model}", remedy="give a run directory or a model directory")
+        return model  # a hub name
+    if (path / "final" / "config.json").is_file():
+        return str(path / "final")
+    if (path / "config.json").is_file():
+        return str(path)
+    if (path / "recipe.resolved.yaml").is_file():
+        raise InputError(
+            f"the run in {model} is not finished: it has no final/ yet",
+            remedy="run its `llmtrain train` command again, which goes on from its last checkpoint",
+        )
+    raise InputError(f"{model} holds no model (no config.json)", remedy="give a run directory or a model directory")
+
+
+def _load(where: str, device: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no model could be loaded from {where}: {str(error).splitlines()[0]}") from error
+    return tokenizer, model.to(chosen).eval()
+
+
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> None:
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = start + tokenizer.encode(prompt, add_special_tokens=False)
+    if not ids:
+        raise InputError("an empty prompt, and the tokenizer has no beginning-of-text token", where="--prompt")
+    longest = model.config.to_dict().get("max_position_embeddings")
+    if longest is not None and len(ids) >= longest:
+        raise InputError(f"the prompt has {len(ids)} tokens, and the model takes {longest}", where="--prompt")
+    room = max_new_tokens if longest is None else min(max_new_tokens, longest - len(ids))
+    if room < max_new_tokens:
+        log.warning("at most %d new tokens: the model's window is %d tokens", room, longest)
+    sampling = {"do_sample": False} if temperature == 0 else {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    batch = torch.tensor([ids], device=model.device)
+    model.generate(
+        batch,
+        attention_mask=torch.ones_like(batch),
+        max_new_tokens=room,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **({"do_sample": True} | sampling),
+    )

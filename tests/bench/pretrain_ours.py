@@ -1,0 +1,40 @@
+"""Our side of the pretrain benchmark: an ordinary run.
+
+usage: python -m tests.bench.pretrain_ours RECIPE WARMUP [key=value ...]
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from llmtrain import run
+from llmtrain.observe.metrics import read_metrics
+from llmtrain.recipe.loading import load_recipe
+
+
+def main(recipe: str, warmup: int, overrides: list[str]) -> None:
+    loaded = load_recipe(recipe, overrides)
+    with contextlib.redirect_stdout(sys.stderr):
+        exit_code = run.train(loaded)
+    if exit_code != 0:
+        sys.exit(exit_code)
+    directory = Path(loaded.recipe.output_dir) / loaded.recipe.name
+    records = [record for record in read_metrics(directory / "metrics.jsonl") if record["step"] >= warmup]
+    # From the end of one step to the end of another: what happens between the steps counts too.
+    # The last step is left out, for it has the closing evaluation behind it.
+    first, last = records[0], records[-2]
+    tokens = last["tokens"] - first["tokens"]
+    print(
+        json.dumps(
+            {
+                "tokens_per_second": tokens / (last["time"] - first["time"]),
+                "mfu": statistics.median(record["mfu"] for record in records[1:-1]),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,80 @@
+"""Runs that are killed or told to stop, and started again with the same command."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from llmtrain.observe.metrics import read_metrics
+from tests.runs import assert_same, final_weights, start, train_apart, training_state, write_recipe
+
+SETTINGS = {"steps": 40, "checkpoint": {"every": 2, "keep": 2}, "evaluation": {"every": 10, "max_sequences": 16}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("undisturbed")
+    return train_apart(write_recipe(directory, **SETTINGS))
+
+
+def wait_for(path, process, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+def assert_undisturbed(run, undisturbed):
+    assert_same(final_weights(run), final_weights(undisturbed))
+    assert_same(training_state(run, 40), training_state(undisturbed, 40))
+    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == list(range(41))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_and_run_again_it_ends_the_same(undisturbed, seed, tmp_path):
+    recipe = write_recipe(tmp_path, **SETTINGS)
+    run = tmp_path / "runs" / "tiny"
+    delay = random.Random(seed).uniform(0.0, 0.6)
+    process = start(recipe)
+    wait_for(run / "metrics.jsonl", process)  # from here on it trains and saves, every few milliseconds
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (run / "final").exists() or delay > 0.3
+    train_apart(recipe)
+    assert_undisturbed(run, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_leads_to_a_checkpoint_exit_75_and_resume(undisturbed, number, tmp_path):
+    recipe = write_recipe(tmp_path, **(SETTINGS | {"checkpoint": {"every": 1000, "keep": 2}}))
+    run = tmp_path / "runs" / "tiny"
+    process = start(recipe)
+    wait_for(run / "metrics.jsonl", process)
+    process.send_signal(number)
+    output, _ = process.communicate()
+    assert process.returncode == 75, output
+    assert "the same command goes on from there" in output
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1
+    assert not (run / "final").exists()
+    train_apart(recipe)
+    assert_undisturbed(run, undisturbed)
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both(tmp_path):
+    recipe = write_recipe(tmp_path, **(SETTINGS | {"steps": 4000, "batch": {"sequences": 8, "micro_sequences": 4}}))
+    run = tmp_path / "runs" / "tiny"
+    process = start(recipe, ranks=2)
+    wait_for(run / "metrics.jsonl", process)
+    ranks = [int(pid) for pid in os.popen(f"pgrep -P {process.pid}").read().split()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0  # torchrun's own: it does not pass 75 on
+    assert list((run / "checkpoints").glob("step-*")), output
+    assert "the same command goes on from there" in output
+    steps = [record["step"] for record in read_metrics(run / "metrics.jsonl")]
+    assert 0 < steps[-1] < 4000

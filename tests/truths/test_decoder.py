@@ -1,0 +1,104 @@
+"""Packed documents equal separate ones, and the checks that guard it see what breaks it."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmtrain.errors import InputError
+from llmtrain.models.checks import check_document_isolation, check_head
+from llmtrain.models.decoder import Decoder
+from llmtrain.models.loss_head import linear_cross_entropy
+
+V = 96
+TINY = {
+    "llama": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
+    "qwen3": dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8,
+    ),
+    "mamba2": dict(hidden_size=32, num_heads=8, head_dim=8, state_size=8, num_hidden_layers=2, chunk_size=8),
+    "mistral": dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=6,
+    ),
+    "gemma2": dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, query_pre_attn_scalar=8, sliding_window=6, final_logit_softcapping=None,
+        attn_logit_softcapping=None,
+    ),
+}  # fmt: skip
+
+
+def decoder(architecture: str, attn: str = "sdpa", **fields) -> Decoder:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, vocab_size=V, **(TINY[architecture] | fields))
+    attention = {} if architecture == "mamba2" else {"attn_implementation": attn}
+    return Decoder(AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention))
+
+
+def head_loss(targets):
+    return lambda hidden, head: linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_equals_separate_documents_in_loss_and_gradients(architecture, attention):
+    model = decoder(architecture, attn=attention)
+    generator = torch.Generator().manual_seed(1)
+    documents = [torch.randint(V, (n,), generator=generator) for n in (9, 1, 14, 2, 6)]
+
+    def targets_of(document):
+        return torch.cat([document[1:], torch.tensor([-100])])
+
+    packed = model(
+        torch.cat(documents)[None],
+        torch.cat([torch.arange(len(d)) for d in documents])[None],
+        head_loss(torch.cat([targets_of(d) for d in documents])),
+    )
+    packed.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    separate = sum(model(d[None], None, head_loss(targets_of(d))) for d in documents)
+    separate.backward()
+    torch.testing.assert_close(packed, separate, rtol=4e-6, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=4e-6, msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
+def test_the_checks_pass_what_is_right(architecture):
+    check_head(decoder(architecture))
+    check_document_isolation(decoder(architecture))
+
+
+def test_recurrent_state_is_seen_to_leak():
+    check_head(decoder("mamba2"))
+    with pytest.raises(InputError, match=r"data.packing.*carries state"):
+        check_document_isolation(decoder("mamba2"))
+
+
+def test_a_soft_cap_after_the_head_is_seen():
+    with pytest.raises(InputError, match="changes its logits after the head"):
+        check_head(decoder("gemma2", "eager", final_logit_softcapping=0.05))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_rope_depends_on_relative_position_only(architecture):
+    model = decoder(architecture).eval()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        a, b = (model(ids, torch.arange(10)[None] + shift, lambda hidden, head: hidden) for shift in (0, 7))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    ids = torch.arange(20)[None] % V
+    gradients = []
+    for recompute in (False, True):
+        model = decoder("llama").train()
+        if recompute:
+            model.hf.activation_checkpointing_enable()
+        model(ids, None, head_loss(ids)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
