@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from llmtrain.recipe.problems import RecipeError
 from llmtrain.recipe.resolved import resolved_dump
 from llmtrain.recipe.schema import ModelFromConfig, ModelFromGGUF, Recipe, SentencePieceTokenizer
 from llmtrain.recipe.shipped import recipe_names
+
+SECONDS_FOR_RANK_0 = 5
 
 app = typer.Typer(
     name="llmtrain",
@@ -71,7 +74,10 @@ def _show(error: LLMTrainError) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         typer.echo(f"error: {error}", err=True)
-    elif not isinstance(error, RecipeError):
+    elif isinstance(error, RecipeError):
+        # torchrun ends all ranks as soon as one has left, and rank 0 may be slower to say what is wrong.
+        time.sleep(SECONDS_FOR_RANK_0)
+    else:
         typer.echo(f"[rank {rank}] error: {error}", err=True)
 
 

@@ -50,7 +50,7 @@ class Loop:
         """Trains to the last step. Returns False when stopped before it, with a checkpoint saved."""
         recipe, progress = self.recipe, self.progress
         if progress.step == 0:
-            observer.step({"step": 0, "tokens": 0} | self._evaluate(observer))
+            observer.step({"step": 0, "time": time.time(), "tokens": 0} | self._evaluate(observer))
         batches = self.algorithm.step_batches(progress.step)
         while progress.step < self.num_steps:
             record, stopping = self._step(batches)
@@ -86,6 +86,7 @@ class Loop:
 
         record: dict[str, float] = {
             "step": self.progress.step,
+            "time": time.time(),
             **averages,
             **{_key("grad_norm", name): result.grad_norm for name, result in results.items()},
             "lr": lr,
@@ -138,7 +139,8 @@ class Loop:
     def _evaluate(self, observer: Observer) -> dict[str, float]:
         with self._evaluating():
             figures = self.algorithm.evaluate(self.models, self.device)
-        observer.evaluation(self.progress.step, figures)
+        if figures:
+            observer.evaluation(self.progress.step, figures)
         return {f"eval_{name}": value for name, value in figures.items()}
 
     def _sample(self, observer: Observer) -> None:

@@ -1,5 +1,6 @@
 """`llmtrain quickstart`: an ordinary recipe, run by ordinary commands, and what came of it."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -25,10 +26,11 @@ def quickstart(output: str, overrides: list[str]) -> int:
     A run that was interrupted goes on; one that is finished is only shown again.
     """
     console = Console(stderr=True, highlight=False)
-    loaded = load_recipe(RECIPE, [f"output_dir={output}", *overrides])
+    overrides = [f"output_dir={json.dumps(output)}", *overrides]  # JSON is YAML, with any character in it
+    loaded = load_recipe(RECIPE, overrides)
     console.print(
         "[bold]llmtrain quickstart[/]: train a tokenizer and a small Llama on the Python standard library\n"
-        f"the same by hand: [cyan]llmtrain train {RECIPE} {shlex.join([f'output_dir={output}', *overrides])}[/]"
+        f"the same by hand: [cyan]llmtrain train {RECIPE} {shlex.join(overrides)}[/]"
     )
     exit_code = run.train(loaded)
     if exit_code == EXIT_DONE:

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -96,7 +96,7 @@ class RunDirectory:
         if not self.recipe.exists():
             with written_aside(self.recipe) as file:
                 file.write(_environment_comment() + resolved_dump(recipe))
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         entry = {"time": now, "resume_step": resume_step, "world_size": self.world.size, **environment()}
         with (self.path / "starts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llmtrain import distributed
-from llmtrain.contracts import POLICY, LossOutput, MicroBatch, Sample, Sum
+from llmtrain.contracts import POLICY, LossOutput, MicroBatch, Sample
 from llmtrain.data.loader import Loader
-from llmtrain.data.tokenizer import token_byte_lengths
+from llmtrain.data.tokenizer import document_frame, token_byte_lengths
 from llmtrain.errors import InputError
 from llmtrain.models.loss_head import IGNORE_INDEX, linear_cross_entropy
 from llmtrain.recipe.schema import Samples
@@ -56,8 +56,8 @@ class CausalLM:
         self._prompts = [] if samples is None else [self._encode(text) for text in samples.prompts]
 
     def _encode(self, prompt: str) -> list[int]:
-        start = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
-        ids: list[int] = start + self._tokenizer.encode(prompt, add_special_tokens=False)
+        before, _ = document_frame(self._tokenizer)
+        ids: list[int] = [*before, *self._tokenizer.encode(prompt, add_special_tokens=False)]
         if not 0 < len(ids) < self._max_length:
             raise InputError(
                 f"the prompt {prompt[:40]!r} has {len(ids)} tokens; it takes 1 to {self._max_length - 1}",
@@ -82,17 +82,21 @@ class CausalLM:
     def evaluate(self, models: Mapping[str, nn.Module], device: torch.device) -> dict[str, float]:
         """Held-out loss (nats a token), perplexity, and bits per byte of the text predicted.
 
-        An end-of-document token counts as a token to predict and as no byte.
+        An end-of-document token counts as a token to predict and as no byte. Nothing is returned
+        where no rows are held out.
         """
         nll, tokens, num_bytes = 0.0, 0.0, 0.0
         for micro in self._held_out:
             nll += self.loss(models, micro.to(device)).sums[POLICY].item()
             tokens += micro.weights[POLICY]
             num_bytes += self._bytes_predicted(micro.tensors["targets"].numpy())
-        figures = distributed.average({"loss": Sum(nll, tokens), "bits_per_byte": Sum(nll / math.log(2), num_bytes)})
-        # exp overflows where an untrained model is worse than any use
-        figures["perplexity"] = math.exp(min(figures["loss"], 700.0))
-        return figures
+        nll, tokens, num_bytes = distributed.sum_scalars([nll, tokens, num_bytes])
+        if tokens == 0:
+            return {}
+        loss = nll / tokens
+        # exp overflows beyond 709 nats, where a model that diverged may be
+        perplexity = math.exp(min(loss, 700.0))
+        return {"loss": loss, "perplexity": perplexity, "bits_per_byte": nll / math.log(2) / num_bytes}
 
     def _bytes_predicted(self, targets: np.ndarray) -> float:
         return float(self._token_bytes[targets[targets != IGNORE_INDEX]].sum())

@@ -1,7 +1,7 @@
 """Tokenizers: trained by sentencepiece or loaded, always used as Hugging Face fast tokenizers."""
 
 import json
-import logging
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from llmtrain.data.byte_pieces import byte_of_piece
 from llmtrain.data.hashing import hash_settings
 from llmtrain.errors import InputError
-
-log = logging.getLogger(__name__)
 
 
 def load_tokenizer(path: str, revision: str | None = None, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
@@ -39,7 +37,7 @@ def load_tokenizer(path: str, revision: str | None = None, gguf_file: str | None
     except ImportError as error:
         remedy = "install it; for GGUF files: python -m pip install 'llmtrain[gguf]'"
         raise InputError(f"needs a package that is not installed: {error}", where=path, remedy=remedy) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, struct.error) as error:
         raise InputError(
             f"holds no tokenizer that can be loaded: {error}",
             where=path,

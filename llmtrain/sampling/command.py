@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from llmtrain.data.tokenizer import document_frame
 from llmtrain.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -82,8 +83,8 @@ def _continue(
     temperature: float,
     top_p: float,
 ) -> None:
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = start + tokenizer.encode(prompt, add_special_tokens=False)
+    before, _ = document_frame(tokenizer)
+    ids = [*before, *tokenizer.encode(prompt, add_special_tokens=False)]
     if not ids:
         raise InputError("an empty prompt, and the tokenizer has no beginning-of-text token", where="--prompt")
     longest = model.config.to_dict().get("max_position_embeddings")

@@ -17,10 +17,9 @@ class PeerMissing(Exception):
 
 
 def run_contender(module: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Runs `python -m module arguments` and returns the JSON of its last line, with its peak memory.
+    """Runs `python -m module arguments` and returns the JSON of its last line.
 
-    Threads are pinned to the cores this process may use, for every contender alike. Peak memory is
-    the operating system's: the largest resident set of the process.
+    Threads are pinned to the cores this process may use, for every contender alike.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
@@ -37,8 +36,7 @@ def run_contender(module: str, arguments: Sequence[str]) -> dict[str, Any]:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments], stdout=output, stderr=errors, env=environment
         )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        process.wait()
         output.seek(0)
         lines = output.read().splitlines()
         if process.returncode != 0:
@@ -46,7 +44,7 @@ def run_contender(module: str, arguments: Sequence[str]) -> dict[str, Any]:
             tail = "\n".join([*lines, *errors.read().splitlines()][-20:])
             raise RuntimeError(f"{module} {' '.join(arguments)} exited with {process.returncode}:\n{tail}")
     result: dict[str, Any] = json.loads(lines[-1])
-    return result | {"peak_memory_bytes": usage.ru_maxrss * 1024}
+    return result
 
 
 def interleaved(contenders: Mapping[str, tuple[str, Sequence[str]]], rounds: int) -> dict[str, list[dict[str, Any]]]:

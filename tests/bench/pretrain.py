@@ -101,7 +101,7 @@ def write_inputs(work: Path, loaded: LoadedRecipe, steps: int) -> None:
     datasets = prepare_data(recipe, tokenizer, cache)
     build_model(recipe, tokenizer).config.save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
-    loader = Loader(datasets, recipe.seed, ROWS_PER_STEP, ROWS_PER_STEP, rank=0, world_size=1)
+    loader = Loader(datasets.train, datasets.order(recipe.seed), ROWS_PER_STEP, ROWS_PER_STEP, rank=0, world_size=1)
     batches = [loader.micro_batches(step)[0].tensors for step in range(steps)]
     ids = torch.cat([batch["input_ids"] for batch in batches]).numpy()
     positions = torch.cat([batch["position_ids"] for batch in batches]).numpy()

@@ -9,7 +9,10 @@ import statistics
 import sys
 from pathlib import Path
 
+import torch
+
 from llmtrain import run
+from llmtrain.observe.memory import peak_memory_bytes
 from llmtrain.observe.metrics import read_metrics
 from llmtrain.recipe.loading import load_recipe
 
@@ -30,6 +33,7 @@ def main(recipe: str, warmup: int, overrides: list[str]) -> None:
         json.dumps(
             {
                 "tokens_per_second": tokens / (last["time"] - first["time"]),
+                "peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),
                 "mfu": statistics.median(record["mfu"] for record in records[1:-1]),
             }
         )

@@ -15,6 +15,8 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from llmtrain.observe.memory import peak_memory_bytes
+
 
 class Clock(TrainerCallback):
     """When each optimizer step ended."""
@@ -65,7 +67,9 @@ def main(work: Path, precision: str, steps: int, warmup: int, batch: int, accumu
     trainer.train()
     seconds = clock.ends[-1] - clock.ends[warmup - 1]
     tokens = rows["input_ids"].shape[1] * batch * accumulation * (steps - warmup)
-    print(json.dumps({"tokens_per_second": tokens / seconds}))
+    print(
+        json.dumps({"tokens_per_second": tokens / seconds, "peak_memory_bytes": peak_memory_bytes(torch.device("cpu"))})
+    )
 
 
 if __name__ == "__main__":

@@ -110,13 +110,14 @@ def test_builders_that_start_at_once_build_once(directory: Path, tmp_path: Path)
 
 def build_and_die(path: Path, num_syncs: int) -> None:
     """Dies after so many files and directories were synced: the steps of putting a build in place."""
-    sync, calls = built._sync, []
+    sync = built._sync
+    calls: list[Path] = []
 
-    def deadly(file: Path) -> None:
+    def deadly(path: Path) -> None:
         if len(calls) == num_syncs:
             os.kill(os.getpid(), signal.SIGKILL)
-        calls.append(file)
-        sync(file)
+        calls.append(path)
+        sync(path)
 
     built._sync = deadly
     build_once(path, "letters", write_letters)

@@ -1,6 +1,7 @@
 """Loading tokenizers, encoding documents, and the bytes that each id stands for."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_byte_lengths_of_byte_level_bpe_add_up(text: str) -> None:
 def test_byte_lengths_of_metaspace_pieces_and_added_tokens() -> None:
     backend = Tokenizer(models.BPE({"<0x0A>": 0, "▁": 1, "a": 2, "▁a": 3, "é": 4}, [("▁", "a")], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     tokenizer.add_tokens(["▁tool"])
     names = ["<0x0A>", "▁", "a", "▁a", "é", "</s>", "▁tool"]
     lengths = token_byte_lengths(tokenizer)[tokenizer.convert_tokens_to_ids(names)]
@@ -127,9 +128,17 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
     assert loaded.eos_token == "<|endoftext|>"
 
 
-def test_a_missing_package_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.is_gguf_available", lambda *_: False)
+def test_a_broken_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(InputError, match="needs a package that is not installed") as caught:
+    with pytest.raises(InputError, match="holds no tokenizer"):
         load_tokenizer(str(tmp_path), gguf_file="model.gguf")
-    assert caught.value.remedy and "llmtrain[gguf]" in caught.value.remedy
+
+
+@pytest.mark.skipif(find_spec("fugashi") is not None, reason="fugashi is installed; uninstall it to see it missed")
+def test_a_missing_package_is_told(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    config = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="needs a package that is not installed: .*fugashi") as caught:
+        load_tokenizer(str(tmp_path))
+    assert caught.value.remedy
