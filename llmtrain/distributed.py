@@ -61,9 +61,14 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> tuple
     try:
         rank, size, local_rank, local_size = (int(environment[name]) for name in names)
     except ValueError as error:
-        raise InputError(f"ranks must be integers: {error}", where="environment") from None
+        raise InputError(
+            f"ranks must be integers: {error}", where="environment", remedy="start with torchrun"
+        ) from None
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
-        raise InputError(f"RANK={rank} does not fit WORLD_SIZE={size}", where="environment")
+        given_ranks = ", ".join(f"{name}={environment[name]}" for name in names)
+        raise InputError(
+            f"these ranks do not fit each other: {given_ranks}", where="environment", remedy="start with torchrun"
+        )
     return rank, size, local_rank, local_size
 
 

@@ -111,8 +111,8 @@ class Loop:
                     stack.enter_context(engine.accumulate(last))
                 output = self.algorithm.loss(self.models, micro.to(self.device))
                 for name, engine in self.engines.items():
-                    # A global batch in which nothing counts has sum 0 and changes nothing.
-                    engine.backward(output.sums[name] / max(totals[name], 1.0))
+                    # A global batch in which nothing counts has sum 0, and shall have gradient 0 and not NaN.
+                    engine.backward(output.sums[name] / (totals[name] or 1.0))
                     add(_key("loss", name), output.sums[name].detach(), micro.weights[name])
             for name, (value, weight) in output.metrics.items():
                 add(name, value, weight)
@@ -132,8 +132,9 @@ class Loop:
             raise TrainingError(
                 f"step {progress.step}: {progress.skipped_in_a_row} steps in a row had a gradient that is not finite "
                 f"(norm: {norms}; loss: {averages.get('loss', math.nan)}); they were skipped and the weights are "
-                "those before them.\n  remedy: lower optimizer.lr, lengthen schedule.warmup_steps, or use precision "
-                "fp32; the same command goes on from the last checkpoint"
+                "those before them.\n  remedy: start a run of another name=... with a lower optimizer.lr, a longer "
+                "schedule.warmup_steps, or precision fp32; if the fault was the machine's, the same command goes on "
+                "from the last checkpoint"
             )
 
     def _evaluate(self, observer: Observer) -> dict[str, float]:

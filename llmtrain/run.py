@@ -18,9 +18,10 @@ from llmtrain.contracts import POLICY, Algorithm, Engine
 from llmtrain.data.build import Datasets, cache_directory, prepare_data, prepare_tokenizer
 from llmtrain.data.loader import Loader, evaluation_batches
 from llmtrain.distributed import World
-from llmtrain.errors import EXIT_DONE, EXIT_PREEMPTED
+from llmtrain.engines.parts import forward_precision
+from llmtrain.errors import EXIT_DONE, EXIT_PREEMPTED, InputError
 from llmtrain.loop import Loop
-from llmtrain.models.checks import check_document_isolation, check_head
+from llmtrain.models.checks import check_causality, check_document_isolation, check_head
 from llmtrain.models.decoder import Decoder
 from llmtrain.models.hub import build_model, save_pretrained
 from llmtrain.observe.flops import device_peak_flops, training_flops_per_token
@@ -46,6 +47,7 @@ def train(loaded: LoadedRecipe) -> int:
     timeout = 1800 if isinstance(recipe.engine, SingleEngine) else recipe.engine.timeout_seconds
     with distributed.joined(recipe.device, timeout) as world:
         batch = plan_batch(recipe, world.size)
+        engines.check(recipe, world)
         with claimed(recipe, world) as directory:
             if directory.is_finished():
                 log.info("%s is finished already; its model is in %s", directory.path, directory.final)
@@ -67,8 +69,9 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
     cache = cache_directory(recipe.data.cache_dir)
     tokenizer = prepare_tokenizer(recipe, cache)
     datasets = prepare_data(recipe, tokenizer, cache)
+    _check_same_data(datasets)
     num_steps = recipe.steps or math.ceil((recipe.epochs or 0) * datasets.steps_per_epoch(batch.sequences))
-    decoder = _build_decoder(recipe, tokenizer)
+    decoder = _build_decoder(recipe, tokenizer, world)
     flops = training_flops_per_token(
         decoder.num_matmul_parameters(), decoder.num_layers(), decoder.attention_width(), recipe.sequence_length
     )
@@ -99,11 +102,26 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
     return EXIT_DONE
 
 
-def _build_decoder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Decoder:
-    decoder = Decoder(build_model(recipe, tokenizer))
-    check_head(decoder)
-    if recipe.data.packing == "documents":
-        check_document_isolation(decoder)
+def _check_same_data(datasets: Datasets) -> None:
+    """Raises InputError where ranks would train on different rows: nodes whose files or Python differ."""
+    fingerprints = distributed.gather_objects(datasets.fingerprint)
+    for rank, fingerprint in enumerate(fingerprints):
+        if fingerprint != fingerprints[0]:
+            raise InputError(
+                f"rank {rank} reads other training data than rank 0, or has another tokenizer",
+                where="data.train",
+                remedy="put them on a disk that all nodes share",
+            )
+
+
+def _build_decoder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, world: World) -> Decoder:
+    decoder = Decoder(build_model(recipe, tokenizer)).to(world.device)
+    # Asked as it will run: some attention kernels take neither CPU tensors nor float32.
+    with forward_precision(recipe.precision, world.device):
+        check_head(decoder)
+        check_causality(decoder)
+        if recipe.data.packing == "documents":
+            check_document_isolation(decoder)
     return decoder
 
 

@@ -62,6 +62,7 @@ class CausalLM:
             raise InputError(
                 f"the prompt {prompt[:40]!r} has {len(ids)} tokens; it takes 1 to {self._max_length - 1}",
                 where="samples.prompts",
+                remedy="shorten the prompt" if ids else "give a prompt that is not empty",
             )
         return ids
 
@@ -82,8 +83,8 @@ class CausalLM:
     def evaluate(self, models: Mapping[str, nn.Module], device: torch.device) -> dict[str, float]:
         """Held-out loss (nats a token), perplexity, and bits per byte of the text predicted.
 
-        An end-of-document token counts as a token to predict and as no byte. Nothing is returned
-        where no rows are held out.
+        An end-of-document token counts as a token to predict and as no byte; bits per byte are NaN
+        where no token stands for any. Nothing is returned where no rows are held out.
         """
         nll, tokens, num_bytes = 0.0, 0.0, 0.0
         for micro in self._held_out:
@@ -96,7 +97,8 @@ class CausalLM:
         loss = nll / tokens
         # exp overflows beyond 709 nats, where a model that diverged may be
         perplexity = math.exp(min(loss, 700.0))
-        return {"loss": loss, "perplexity": perplexity, "bits_per_byte": nll / math.log(2) / num_bytes}
+        bits_per_byte = nll / math.log(2) / num_bytes if num_bytes else math.nan
+        return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
 
     def _bytes_predicted(self, targets: np.ndarray) -> float:
         return float(self._token_bytes[targets[targets != IGNORE_INDEX]].sum())

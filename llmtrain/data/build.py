@@ -99,6 +99,8 @@ def prepare_tokenizer(recipe: Recipe, cache_dir: Path) -> PreTrainedTokenizerBas
         case ModelTokenizer():
             if isinstance(model, ModelFromGGUF):
                 file = Path(model.file).expanduser()
+                if not file.is_file():
+                    raise InputError(f"no such file: {model.file}", where="model.file", remedy="correct the path")
                 return load_tokenizer(str(file.parent), gguf_file=file.name)
             assert not isinstance(model, ModelFromConfig), "the schema forbids it"
             return load_tokenizer(model.path, model.revision)

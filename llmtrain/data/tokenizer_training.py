@@ -55,7 +55,11 @@ def train_sentencepiece(documents: Iterable[str], spec: SentencePieceTokenizer, 
     _check_special_tokens(spec.special_tokens)
     sample = even_sample(documents, spec.max_bytes)
     if not any(_sentences(sample)):
-        raise InputError("no text to train a tokenizer on", where="tokenizer", remedy="check data.train")
+        raise InputError(
+            "the corpus is empty: no text to train a tokenizer on",
+            where="data.train",
+            remedy="check its files: empty and whitespace-only documents do not count",
+        )
     num_bytes = sum(len(text.encode("utf-8")) for text in sample)
     log.info("training a %s vocabulary of %d on %.1f MB", spec.model_type, spec.vocab_size, num_bytes / 1e6)
     started = time.monotonic()

@@ -2,13 +2,20 @@
 
 import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llmtrain.errors import InputError
 
 T = TypeVar("T")
 HeadFunction = Callable[[Tensor, nn.Linear], T]
+
+
+def config_field(config: PreTrainedConfig, name: str) -> Any:
+    """A field by the name that most architectures give it (GPT-2 says n_positions); None without one."""
+    return config.to_dict().get(config.attribute_map.get(name, name))
 
 
 class Decoder(nn.Module):
@@ -50,7 +57,9 @@ class Decoder(nn.Module):
         names = set(self.hf._no_split_modules or ())
         layers = [module for module in self.hf.modules() if type(module).__name__ in names]
         if not layers:
-            raise ValueError(f"{type(self.hf).__name__} does not say what its layers are")
+            raise InputError(
+                f"transformers does not say what the layers of {type(self.hf).__name__} are", where="model"
+            )
         return layers
 
     def num_parameters(self) -> int:
@@ -63,13 +72,17 @@ class Decoder(nn.Module):
 
     def attention_width(self) -> int:
         """Heads times their dimension, 0 without attention: what the attention FLOPs are counted from."""
-        config = self.hf.config.to_dict()
-        heads = config.get("num_attention_heads", 0)
-        return heads * (config.get("head_dim") or config["hidden_size"] // heads) if heads else 0
+        config = self.hf.config
+        heads: int | None = config_field(config, "num_attention_heads")
+        if not heads:
+            return 0
+        head_dim: int = config_field(config, "head_dim") or config_field(config, "hidden_size") // heads
+        return heads * head_dim
 
     def num_layers(self) -> int:
         return len(self.layers())
 
     def max_length(self, default: int) -> int:
         """Tokens the model has positions for; `default` where it has no such limit."""
-        return self.hf.config.to_dict().get("max_position_embeddings") or default
+        longest: int | None = config_field(self.hf.config, "max_position_embeddings")
+        return longest or default

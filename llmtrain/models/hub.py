@@ -2,6 +2,7 @@
 
 import json
 import logging
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +25,28 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar
 
 from llmtrain.errors import InputError, nearest
+from llmtrain.models.decoder import config_field
 from llmtrain.recipe.schema import ModelFromConfig, ModelFromGGUF, ModelFromPretrained, Recipe
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # of transformers' own loading and writing: it would tear our progress
 
 MODEL_DTYPE = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.bfloat16}
+# Fields of every config that keys of the recipe set, and that would be overruled in silence.
+SET_ELSEWHERE = {"model_type": "model.architecture", "dtype": "precision"}
+LOADABLE = "name a directory with config.json and *.safetensors, a .gguf file, or, with a network, a hub model"
+ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
+# What it raises for a config or for files that are wrong.
+TRANSFORMERS_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    ZeroDivisionError,
+    struct.error,
+    StrictDataclassError,
+    SafetensorError,
+)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -78,14 +95,22 @@ def _config_from_fields(
         template = AutoConfig.for_model(spec.architecture)
     # transformers takes any field in silence, so a misspelt one would train another model.
     known = {*template.to_dict(), *template.attribute_map}
-    for key in spec.config:
+    fields: dict[str, Any] = {}
+    for key, value in spec.config.items():
+        if key in SET_ELSEWHERE:
+            raise InputError(f"it is set by {SET_ELSEWHERE[key]}", where=f"model.config.{key}", remedy="remove it")
         if key not in known:
             raise InputError(
                 f"{type(template).__name__} has no field {key!r}{nearest(key, known)}", where=f"model.config.{key}"
             )
-    fields: dict[str, Any] = {"vocab_size": len(tokenizer), **spec.config}
+        name = template.attribute_map.get(key, key)
+        if name in fields:
+            raise InputError(f"it is another name of {name}, which is given too", where=f"model.config.{key}")
+        fields[name] = value
+    fields.setdefault("vocab_size", len(tokenizer))
     if "max_position_embeddings" in known:
-        fields.setdefault("max_position_embeddings", sequence_length)
+        name = template.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        fields.setdefault(name, sequence_length)
     for token in ("bos", "eos", "pad"):
         fields.setdefault(f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
     _check_rope_type(fields.get("rope_parameters"), "model.config.rope_parameters")
@@ -96,44 +121,58 @@ def _config_from_fields(
 def _from_pretrained(
     spec: ModelFromPretrained, dtype: torch.dtype, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
+    path = str(Path(spec.path).expanduser())
     source = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    with _as_input_error("model.path"):
-        config = AutoConfig.from_pretrained(spec.path, **source)
+    with _as_input_error("model.path", LOADABLE):
+        config = AutoConfig.from_pretrained(path, **source)
     if spec.rope_parameters is not None:
         _stretch_rope(config, spec.rope_parameters)
     _check_fit(config, tokenizer, recipe.sequence_length)
-    with _as_input_error("model.path"):
+    return load_weights(path, "model.path", config=config, dtype=dtype, **source, **_attention(spec.attention))
+
+
+def load_weights(path: str, where: str, **options: Any) -> PreTrainedModel:
+    """A causal LM from a directory, the hub or (with gguf_file) a GGUF file, all of its weights read from there.
+
+    Args:
+        path: directory or hub name.
+        where: what to name in errors.
+        options: of transformers' from_pretrained.
+
+    Raises:
+        InputError: there is no such model, or weights are missing or of another shape.
+    """
+    with _as_input_error(where, LOADABLE):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            spec.path,
-            config=config,
-            dtype=dtype,
+            path,
             use_safetensors=True,  # never unpickles what comes from outside
+            ignore_mismatched_sizes=True,  # so that they are told below, with their names
             output_loading_info=True,
-            **source,
-            **_attention(spec.attention),
+            **options,
         )
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        names = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    # transformers only warns, and fills in random numbers.
+    names = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
+    if names:
         raise InputError(
-            f"{spec.path} lacks {len(names)} of the model's weights, or has them in another shape: "
+            f"{len(names)} of the model's weights are not there, or in another shape: "
             f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
-            where="model.path",
-            remedy="give a directory that holds a causal language model of this config",
+            where=where,
+            remedy="give one that holds a causal language model of this config",
         )
     return model
 
 
 def _from_gguf(spec: ModelFromGGUF, dtype: torch.dtype) -> PreTrainedModel:
-    file = Path(spec.file)
+    file = Path(spec.file).expanduser()
     if not file.is_file():
-        raise InputError(f"no such file: {spec.file}", where="model.file")
-    with _as_input_error("model.file"):
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True, **_attention(spec.attention)
-        )
+        raise InputError(f"no such file: {spec.file}", where="model.file", remedy="correct the path")
+    model = load_weights(str(file.parent), "model.file", gguf_file=file.name, dtype=dtype, local_files_only=True)
     # The weights are plain tensors now; a config that says otherwise could not be saved.
     del model.config.quantization_config
-    fresh: PreTrainedModel = AutoModelForCausalLM.from_config(model.config, dtype=dtype, **_attention(spec.attention))
+    with _as_input_error("model"):
+        fresh: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model.config, dtype=dtype, **_attention(spec.attention)
+        )
     fresh.load_state_dict(model.state_dict())
     return fresh
 
@@ -142,16 +181,26 @@ def _stretch_rope(config: PreTrainedConfig, parameters: dict[str, Any]) -> None:
     """Sets RoPE scaling, and the longer context that its factor gives."""
     where = "model.rope_parameters"
     _check_rope_type(parameters, where)
+    if "rope_type" not in parameters:
+        raise InputError("it lacks rope_type", where=where, remedy=f"add one of {', '.join(ROPE_TYPES)}")
     old = config.to_dict().get("rope_parameters")
     if old is None:
         raise InputError(f"{type(config).__name__} has no RoPE", where=where)
+    # What belongs to the weights and not to the scaling stays.
+    kept = {key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}
+    parameters = kept | parameters
     original = parameters.get("original_max_position_embeddings", config.max_position_embeddings)
-    if "rope_theta" in old:
-        parameters = {"rope_theta": old["rope_theta"], **parameters}
+    factor = parameters.get("factor", 1.0)
+    for key, number in (("original_max_position_embeddings", original), ("factor", factor)):
+        if not isinstance(number, int | float):
+            raise InputError(f"expected a number, given {number!r}", where=f"{where}.{key}")
     if parameters["rope_type"] in ("yarn", "llama3", "longrope"):
         parameters = {"original_max_position_embeddings": original, **parameters}
     config.rope_parameters = dict(parameters)
-    config.max_position_embeddings = int(original * parameters.get("factor", 1.0))
+    # Dynamic NTK is for inference: it leaves the positions up to this length as they are, and scales
+    # by the length it sees beyond. With a longer one here it would never begin.
+    if parameters["rope_type"] != "dynamic":
+        config.max_position_embeddings = int(original * factor)
     with _as_input_error(where), _rope_warnings_as_errors(where):
         config.standardize_rope_params()
         config.validate_rope()
@@ -160,12 +209,15 @@ def _stretch_rope(config: PreTrainedConfig, parameters: dict[str, Any]) -> None:
 def _check_rope_type(parameters: Any, where: str) -> None:
     if parameters is None:
         return
-    kinds = ["default", *ROPE_INIT_FUNCTIONS]
+    if not isinstance(parameters, dict):
+        raise InputError(
+            f"expected a mapping, given {parameters!r}", where=where, remedy="write {rope_type: yarn, factor: 4.0}"
+        )
     for part in [parameters] if "rope_type" in parameters else [v for v in parameters.values() if isinstance(v, dict)]:
         kind = str(part.get("rope_type"))
-        if kind not in kinds:
+        if kind not in ROPE_TYPES:
             raise InputError(
-                f"unknown rope_type {kind!r}{nearest(kind, kinds)} (allowed: {', '.join(kinds)})",
+                f"unknown rope_type {kind!r}{nearest(kind, ROPE_TYPES)} (allowed: {', '.join(ROPE_TYPES)})",
                 where=f"{where}.rope_type",
             )
 
@@ -177,23 +229,23 @@ def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seq
             where="model.config.vocab_size",
             remedy=f"set it to {len(tokenizer)} or more, leave it out, or use the model's own tokenizer",
         )
-    longest = config.to_dict().get("max_position_embeddings")
+    longest = config_field(config, "max_position_embeddings")
     if longest is not None and sequence_length > longest:
         raise InputError(
             f"rows of {sequence_length} tokens, and the model was made for {longest}",
             where="sequence_length",
-            remedy=f"use {longest} or less, or stretch the model with rope_parameters (yarn, linear, dynamic)",
+            remedy=f"use {longest} or less, or stretch a pretrained model with rope_parameters (yarn, linear, llama3)",
         )
 
 
 @contextmanager
-def _as_input_error(where: str) -> Iterator[None]:
+def _as_input_error(where: str, remedy: str | None = None) -> Iterator[None]:
     """What transformers raises for things that are wrong or not there, as an error of the recipe."""
     try:
         yield
-    except (StrictDataclassError, OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except TRANSFORMERS_ERRORS as error:
         lines = [line.strip() for line in str(error).strip().strip("'\"").splitlines() if line.strip()]
-        raise InputError(" ".join(lines[:3]), where=where) from error
+        raise InputError(" ".join(lines[:3]), where=where, remedy=remedy) from error
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class SentencePieceTokenizer(Section):
         default_factory=list, description="Further special tokens beside <unk>, <s>, </s> and <pad>."
     )
     max_bytes: PositiveInt = Field(
-        20_000_000, description="Bytes of training text to learn from: whole documents, sampled evenly."
+        20_000_000, description="Bytes of training text to learn from, sampled evenly over the documents."
     )
 
 

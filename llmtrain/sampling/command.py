@@ -5,10 +5,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from llmtrain.data.tokenizer import document_frame
+from llmtrain.data.tokenizer import document_frame, load_tokenizer
+from llmtrain.distributed import choose_device
 from llmtrain.errors import InputError
+from llmtrain.models.decoder import config_field
+from llmtrain.models.hub import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +39,10 @@ def generate(
     """
     where = _model_directory(model)
     console = Console(highlight=False)
+    chosen = choose_device(device, local_rank=0)
     with console.status(f"loading {where}"):
-        tokenizer, weights = _load(where, device)
+        tokenizer = load_tokenizer(where)
+        weights = load_weights(where, where).to(chosen).eval()
     torch.manual_seed(seed)
     for prompt in prompts:
         for number in range(num):
@@ -50,7 +55,7 @@ def generate(
 def _model_directory(model: str) -> str:
     path = Path(model)
     if not path.exists():
-        if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        if path.is_absolute() or model.startswith(".") or model.count("/") != 1 or path.parent.is_dir():
             raise InputError(f"no such directory: {model}", remedy="give a run directory or a model directory")
         return model  # a hub name
     if (path / "final" / "config.json").is_file():
@@ -65,16 +70,6 @@ def _model_directory(model: str) -> str:
     raise InputError(f"{model} holds no model (no config.json)", remedy="give a run directory or a model directory")
 
 
-def _load(where: str, device: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model could be loaded from {where}: {str(error).splitlines()[0]}") from error
-    return tokenizer, model.to(chosen).eval()
-
-
 def _continue(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -86,10 +81,18 @@ def _continue(
     before, _ = document_frame(tokenizer)
     ids = [*before, *tokenizer.encode(prompt, add_special_tokens=False)]
     if not ids:
-        raise InputError("an empty prompt, and the tokenizer has no beginning-of-text token", where="--prompt")
-    longest = model.config.to_dict().get("max_position_embeddings")
+        raise InputError(
+            "an empty prompt, and the tokenizer has no beginning-of-text token",
+            where="--prompt",
+            remedy="give the text to continue",
+        )
+    longest: int | None = config_field(model.config, "max_position_embeddings")
     if longest is not None and len(ids) >= longest:
-        raise InputError(f"the prompt has {len(ids)} tokens, and the model takes {longest}", where="--prompt")
+        raise InputError(
+            f"the prompt has {len(ids)} tokens, and the model's window is {longest}",
+            where="--prompt",
+            remedy=f"shorten it to {longest - 1} tokens or less",
+        )
     room = max_new_tokens if longest is None else min(max_new_tokens, longest - len(ids))
     if room < max_new_tokens:
         log.warning("at most %d new tokens: the model's window is %d tokens", room, longest)

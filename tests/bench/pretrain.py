@@ -3,8 +3,8 @@
 Rows hold 256 tokens of the Python standard library, several documents each, attention isolated;
 8 rows a step, AdamW, clipping. Tokens are counted between the ends of optimizer steps, after
 warm-up. Each side runs at its best settings, found by trying them first: ours compiled or not;
-TRL padding-free with its 8 rows as 8 x 1, 4 x 2, 2 x 4 or 1 x 8 (batch x accumulation), compiled or
-not. Memory is the whole process's peak.
+TRL padding-free with its 8 rows as 8 x 1, 4 x 2, 2 x 4 or 1 x 8 (batch x accumulation), the
+best of them compiled too. Memory is the whole process's peak.
 """
 
 import importlib.util
@@ -75,18 +75,23 @@ def best_settings(work: Path, precision: str, quick: bool) -> dict[str, Any]:
     if quick:
         return {"ours": False, "peer": (1, 8, False)}
     steps, warmup = 8, 3
-    choices: dict[str, dict[Any, float]] = {"ours": {}, "peer": {}}
-    for compiled in (False, True):
-        for batch in (1, 2, 4, 8):
-            if compiled and batch in (2, 4):
-                continue
-            setting = (batch, ROWS_PER_STEP // batch, compiled)
-            result = run_contender(*peer(work, precision, setting, steps, warmup))
-            choices["peer"][setting] = result["tokens_per_second"]
-        result = run_contender(*ours(work, precision, compiled, steps, warmup))
-        choices["ours"][compiled] = result["tokens_per_second"]
-    print(f"{precision}: {choices}", file=sys.stderr, flush=True)
-    return {side: max(tried, key=lambda setting: tried[setting]) for side, tried in choices.items()}
+
+    def speed_of_ours(compiled: bool) -> float:
+        return run_contender(*ours(work, precision, compiled, steps, warmup))["tokens_per_second"]
+
+    def speed_of_peer(setting: tuple[int, int, bool]) -> float:
+        return run_contender(*peer(work, precision, setting, steps, warmup))["tokens_per_second"]
+
+    eager = {setting: speed_of_peer(setting) for batch in (1, 2, 4, 8) if (setting := (batch, 8 // batch, False))}
+    batch, accumulation, _ = max(eager, key=lambda setting: eager[setting])
+    compiled = (batch, accumulation, True)
+    theirs = eager | {compiled: speed_of_peer(compiled)}
+    mine = {compiled: speed_of_ours(compiled) for compiled in (False, True)}
+    print(f"{precision}: peer {theirs}, ours {mine}", file=sys.stderr, flush=True)
+    return {
+        "ours": max(mine, key=lambda setting: mine[setting]),
+        "peer": max(theirs, key=lambda setting: theirs[setting]),
+    }
 
 
 def write_inputs(work: Path, loaded: LoadedRecipe, steps: int) -> None:

@@ -2,7 +2,9 @@
 
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -45,6 +47,32 @@ def test_killed_at_random_moments_and_run_again_it_ends_the_same(undisturbed, se
     process.communicate()
     assert not (run / "final").exists() or delay > 0.3
     train_apart(recipe)
+    assert_undisturbed(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_anywhere_in_its_life_it_ends_the_same(undisturbed, tmp_path):
+    """From an empty cache: in imports, tokenizer, cache, steps, saves and the export."""
+    recipe = write_recipe(tmp_path, **SETTINGS)
+    environment = {"LLMTRAIN_CACHE": str(tmp_path / "cache")}
+    run = tmp_path / "runs" / "tiny"
+    chooser = random.Random(0)
+    kills = 0
+    for _ in range(12):
+        process = start(recipe, **environment)
+        try:
+            process.wait(timeout=chooser.uniform(2, 9))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        if (run / "final").exists():
+            assert_undisturbed(run, undisturbed)
+            shutil.rmtree(run)
+    assert kills >= 4
+    process = start(recipe, **environment)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     assert_undisturbed(run, undisturbed)
 
 

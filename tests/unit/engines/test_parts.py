@@ -1,0 +1,177 @@
+"""Optimizer groups, averaged weights, and the state under flat names."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmtrain.engines.parts import (
+    AveragedWeights,
+    build_adamw,
+    flat_state,
+    forward_precision,
+    load_flat_state,
+    prepare_layers,
+)
+from llmtrain.errors import InputError
+from llmtrain.models.decoder import Decoder
+from llmtrain.recipe.schema import AdamW, AutoEngine
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+def names_of(decoder: Decoder, parameters: list[nn.Parameter]) -> set[str]:
+    by_id = {id(parameter): name for name, parameter in decoder.named_parameters()}
+    return {by_id[id(parameter)] for parameter in parameters}
+
+
+# ----------------------------------------------------------------------------------- optimizer
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    decoder = tiny.decoder(attention_bias=True, tie_word_embeddings=True)
+    spec = AdamW(lr=1e-3, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.3)
+    optimizer = build_adamw(decoder, spec)
+    decayed, kept = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.3
+    assert kept["weight_decay"] == 0.0
+    for group in optimizer.param_groups:
+        assert (group["lr"], tuple(group["betas"]), group["eps"]) == (1e-3, (0.8, 0.9), 1e-6)
+    matrices, vectors = names_of(decoder, decayed["params"]), names_of(decoder, kept["params"])
+    assert "hf.model.embed_tokens.weight" in matrices
+    assert "hf.model.layers.1.self_attn.q_proj.weight" in matrices
+    assert "hf.model.layers.1.self_attn.q_proj.bias" in vectors
+    assert {"hf.model.norm.weight", "hf.model.layers.0.input_layernorm.weight"} <= vectors
+    # each parameter once, the tied head too
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(decoder.parameters()))
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    decoder = tiny.decoder()
+    decoder.hf.model.embed_tokens.weight.requires_grad_(False)
+    groups = build_adamw(decoder, AdamW(lr=1e-3)).param_groups
+    chosen = [parameter for group in groups for parameter in group["params"]]
+    assert "hf.model.embed_tokens.weight" not in names_of(decoder, chosen)
+
+
+def test_a_model_of_matrices_only_has_one_group() -> None:
+    assert len(build_adamw(nn.Linear(3, 2, bias=False), AdamW(lr=1e-3)).param_groups) == 1
+
+
+# ------------------------------------------------------------------------------------- average
+
+
+def averaged_steps(decay: float, num_steps: int, dtype: torch.dtype) -> tuple[AveragedWeights, Tensor]:
+    """The average after some steps of a random walk, and the same by the recurrence written out."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.randn(5, generator=generator).to(dtype))
+    averaged = AveragedWeights([("w", parameter)], decay)
+    expected = parameter.detach().double()
+    for n in range(1, num_steps + 1):
+        with torch.no_grad():
+            parameter += torch.randn(5, generator=generator).to(dtype)
+        averaged.update()
+        keep = min(decay, (1 + n) / (10 + n))
+        expected = keep * expected + (1 - keep) * parameter.detach().double()
+    return averaged, expected
+
+
+@pytest.mark.parametrize("decay", [0.25, 0.9, 0.999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_follows_its_recurrence(decay: float, dtype: torch.dtype) -> None:
+    averaged, expected = averaged_steps(decay, 40, dtype)
+    assert averaged.averages["w"].dtype == torch.float32  # in bf16 a small step would be rounded away
+    torch.testing.assert_close(averaged.averages["w"], expected.float(), rtol=1e-5, atol=1e-6)
+    assert averaged.num_updates == 40
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapping_in_gives_the_own_weights_back_bit_for_bit(dtype: torch.dtype) -> None:
+    averaged, _ = averaged_steps(0.9, 3, dtype)
+    (parameter,) = averaged.parameters
+    own, average = parameter.detach().clone(), averaged.averages["w"].clone()
+    assert not torch.equal(own, average.to(dtype))
+    with averaged.swapped_in():
+        assert torch.equal(parameter, average.to(dtype))
+    assert torch.equal(parameter, own)
+    with pytest.raises(KeyboardInterrupt), averaged.swapped_in():
+        raise KeyboardInterrupt
+    assert torch.equal(parameter, own)
+    assert torch.equal(averaged.averages["w"], average)
+
+
+# --------------------------------------------------------------------------------------- state
+
+
+def trained(seed: int, num_steps: int) -> tuple[Decoder, torch.optim.AdamW, AveragedWeights]:
+    decoder = tiny.decoder(seed=seed, tie_word_embeddings=True)
+    optimizer = build_adamw(decoder, AdamW(lr=1e-2))
+    averaged = AveragedWeights(list(decoder.named_parameters()), 0.9)
+    ids = torch.arange(12)[None]
+    for _ in range(num_steps):
+        decoder.hf(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        averaged.update()
+    return decoder, optimizer, averaged
+
+
+def test_the_state_has_flat_names_and_is_live() -> None:
+    decoder, optimizer, averaged = trained(0, 1)
+    state = flat_state(decoder, optimizer, averaged)
+    name = "hf.model.layers.0.mlp.up_proj.weight"
+    assert {f"model.{name}", f"ema.{name}", "ema_updates"} <= state.keys()
+    assert {key for key in state if name in key and key.startswith("optimizer.")} == {
+        f"optimizer.{name}.{moment}" for moment in ("exp_avg", "exp_avg_sq", "step")
+    }
+    assert {key.split(".")[0] for key in state} == {"model", "optimizer", "ema", "ema_updates"}
+    assert state[f"model.{name}"].data_ptr() == decoder.get_parameter(name).data_ptr()
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_a_state_loads_into_a_fresh_engine(num_steps: int) -> None:
+    source, target = trained(0, num_steps), trained(1, 0)
+    load_flat_state(flat_state(*source), *target)
+    a, b = flat_state(*source), flat_state(*target)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+        if name.startswith("optimizer."):
+            assert a[name].data_ptr() != b[name].data_ptr(), f"{name}: shared with the loaded state"
+
+
+def test_without_averages_there_are_none_in_the_state() -> None:
+    decoder, optimizer, _ = trained(0, 1)
+    assert {key.split(".")[0] for key in flat_state(decoder, optimizer, None)} == {"model", "optimizer"}
+
+
+# ------------------------------------------------------------------------- precision and layers
+
+
+@pytest.mark.parametrize(("precision", "autocast"), [("fp32", False), ("bf16", False), ("bf16_autocast", True)])
+def test_only_autocast_casts(precision: str, autocast: bool) -> None:
+    with forward_precision(precision, CPU):
+        assert torch.is_autocast_enabled("cpu") is autocast
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_activation_checkpointing_reaches_every_layer() -> None:
+    decoder = tiny.decoder()
+    prepare_layers(decoder, AutoEngine(activation_checkpointing=True))
+    assert all(layer.gradient_checkpointing for layer in decoder.layers())
+
+
+def test_activation_checkpointing_where_there_is_none() -> None:
+    ctrl = tiny.decoder("ctrl", n_embd=32, n_layer=1, n_head=4, dff=32)
+    with pytest.raises(InputError, match=r"engine.activation_checkpointing: CTRLLMHeadModel has no.*") as caught:
+        prepare_layers(ctrl, AutoEngine(activation_checkpointing=True))
+    assert caught.value.remedy == "set it to false"
+
+
+def test_compilation_is_by_layer() -> None:
+    """Compiling itself takes too long here; asked is each layer, and nothing around it."""
+    decoder = tiny.decoder()
+    prepare_layers(decoder, AutoEngine(compile=True))
+    compiled = {name for name, module in decoder.named_modules() if module._compiled_call_impl is not None}
+    assert compiled == {"hf.model.layers.0", "hf.model.layers.1"}
