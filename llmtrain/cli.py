@@ -278,7 +278,8 @@ def recipes_validate(
 
 def _derived(loaded: LoadedRecipe, world_size: int) -> str:
     recipe = loaded.recipe
-    plan = plan_batch(recipe, world_size)
+    with loaded.errors_located():
+        plan = plan_batch(recipe, world_size)
     tokens = plan.sequences * recipe.sequence_length
     length = f"{recipe.steps:,} steps" if recipe.steps is not None else f"{recipe.epochs:g} epochs"
     total = f", {recipe.steps * tokens:,} tokens in all" if recipe.steps is not None else ""

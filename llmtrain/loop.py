@@ -55,15 +55,18 @@ class Loop:
         while progress.step < self.num_steps:
             record, stopping = self._step(batches)
             done = progress.step == self.num_steps
+            if stopping and not done:
+                # First the checkpoint: whoever sent the signal may not wait for an evaluation.
+                save_state(self.store, progress, self.engines, self.algorithm)
+                observer.step(record)
+                return False
             if done or progress.step % recipe.evaluation.every == 0:
                 record |= self._evaluate(observer)
             observer.step(record)
             if recipe.samples is not None and (done or progress.step % recipe.samples.every == 0):
                 self._sample(observer)
-            if done or stopping or progress.step % recipe.checkpoint.every == 0:
-                save_state(self.store, self.progress, self.engines, self.algorithm)
-            if stopping and not done:
-                return False
+            if done or progress.step % recipe.checkpoint.every == 0:
+                save_state(self.store, progress, self.engines, self.algorithm)
         return True
 
     def _step(self, batches: Any) -> tuple[dict[str, float], bool]:

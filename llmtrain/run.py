@@ -43,7 +43,11 @@ def train(loaded: LoadedRecipe) -> int:
         InputError: something given is wrong; nothing was trained and nothing written is touched.
         TrainingError: the run cannot go on.
     """
-    recipe = loaded.recipe
+    with loaded.errors_located():
+        return _run(loaded.recipe)
+
+
+def _run(recipe: Recipe) -> int:
     timeout = 1800 if isinstance(recipe.engine, SingleEngine) else recipe.engine.timeout_seconds
     with distributed.joined(recipe.device, timeout) as world:
         batch = plan_batch(recipe, world.size)
@@ -68,10 +72,10 @@ def claimed(recipe: Recipe, world: World) -> Iterator[RunDirectory]:
 def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: World) -> int:
     cache = cache_directory(recipe.data.cache_dir)
     tokenizer = prepare_tokenizer(recipe, cache)
+    decoder = _build_decoder(recipe, tokenizer, world)  # before the data: a mistake here shall not wait for them
     datasets = prepare_data(recipe, tokenizer, cache)
     _check_same_data(datasets)
     num_steps = recipe.steps or math.ceil((recipe.epochs or 0) * datasets.steps_per_epoch(batch.sequences))
-    decoder = _build_decoder(recipe, tokenizer, world)
     flops = training_flops_per_token(
         decoder.num_matmul_parameters(), decoder.num_layers(), decoder.attention_width(), recipe.sequence_length
     )

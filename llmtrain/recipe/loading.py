@@ -4,13 +4,14 @@ All mistakes of a recipe are reported together, each with its file and line.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from llmtrain.errors import nearest
+from llmtrain.errors import InputError, nearest
 from llmtrain.recipe import shipped, yaml_tree
 from llmtrain.recipe.complaints import complaints
 from llmtrain.recipe.merge import apply_override, merge, with_default_kinds
@@ -44,6 +45,21 @@ class LoadedRecipe:
         """
         path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
         return f"{self.tree.place_of(path)}: {key}"
+
+    @contextmanager
+    def errors_located(self) -> Iterator[None]:
+        """An error in here that names a key of the recipe names its file and line too."""
+        try:
+            yield
+        except RecipeError as error:
+            problems = [Problem(self._located(problem.place), problem.message) for problem in error.problems]
+            raise RecipeError(str(self.path), problems) from error
+        except InputError as error:
+            where = None if error.where is None else self._located(error.where)
+            raise InputError(error.message, where=where, remedy=error.remedy) from error
+
+    def _located(self, place: str) -> str:
+        return self.where(place) if place.partition(".")[0] in Recipe.model_fields else place
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedRecipe:

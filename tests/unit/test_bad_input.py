@@ -331,14 +331,14 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
         (
             "engine.kind=single",
             (
-                "error: engine.kind: engine single is for one process, and there are 2",
+                "engine.kind: engine single is for one process, and there are 2",
                 "remedy: use ddp or auto, or start one process",
             ),
         ),
         (
             "engine.kind=ddp",
             (
-                "error: data.train: rank 1 reads other training data than rank 0",
+                "data.train: rank 1 reads other training data than rank 0",
                 "remedy: put them on a disk that all nodes share",
             ),
         ),

@@ -239,7 +239,10 @@ def test_validate(llmtrain: Run) -> None:
     assert epochs.startswith("ok: good.yaml: 1.5 epochs, ")
     assert not epochs.rstrip().endswith("in all")
     uneven = llmtrain("recipes", "validate", "good.yaml", "--world-size", "3")
-    assert (uneven.code, uneven.err) == (2, "error: batch.sequences: 8 does not divide over 3 ranks: use 6 or 9\n")
+    assert (uneven.code, uneven.err) == (
+        2,
+        "error: good.yaml:4: batch.sequences: 8 does not divide over 3 ranks: use 6 or 9\n",
+    )
     assert llmtrain("recipes", "validate", "steps=3").err.startswith("error: RECIPE: no recipe is named")
 
 

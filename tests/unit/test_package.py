@@ -26,7 +26,7 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 
 def test_metadata() -> None:
     assert PROJECT["license"] == "Apache-2.0"
-    assert PROJECT["requires-python"] == ">=3.10"
+    assert PROJECT["requires-python"] == ">=3.11"
     assert PROJECT["scripts"] == {"llmtrain": "llmtrain.cli:main"}
     assert "torch>=2.9,<2.14" in PROJECT["dependencies"]
     assert {"test", "docs"} <= set(PROJECT["optional-dependencies"])
