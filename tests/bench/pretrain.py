@@ -30,7 +30,7 @@ PRECISIONS = ("fp32", "bf16_autocast")
 def bench(quick: bool) -> dict[str, Any]:
     if importlib.util.find_spec("trl") is None:
         raise PeerMissing("trl is not installed: pip install -e '.[test]'")
-    rounds, steps, warmup = (1, 6, 2) if quick else (5, 24, 4)
+    rounds, steps, warmup = (1, 6, 2) if quick else (5, 16, 4)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         write_inputs(work, load_recipe(RECIPE), steps)
@@ -74,7 +74,7 @@ def best_settings(work: Path, precision: str, quick: bool) -> dict[str, Any]:
     """The fastest settings of each side; without a search in a quick run."""
     if quick:
         return {"ours": False, "peer": (1, 8, False)}
-    steps, warmup = 8, 3
+    steps, warmup = 7, 3
 
     def speed_of_ours(compiled: bool) -> float:
         return run_contender(*ours(work, precision, compiled, steps, warmup))["tokens_per_second"]
