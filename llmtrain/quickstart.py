@@ -34,7 +34,7 @@ def quickstart(output: str, overrides: list[str]) -> int:
     )
     exit_code = run.train(loaded)
     if exit_code == EXIT_DONE:
-        directory = Path(loaded.recipe.output_dir) / loaded.recipe.name
+        directory = loaded.recipe.run_directory
         _show(console, directory)
     return exit_code
 

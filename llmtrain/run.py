@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -61,7 +60,7 @@ def _run(recipe: Recipe) -> int:
 
 @contextmanager
 def claimed(recipe: Recipe, world: World) -> Iterator[RunDirectory]:
-    directory = claim(Path(recipe.output_dir) / recipe.name, recipe, world)
+    directory = claim(recipe.run_directory, recipe, world)
     try:
         setup_logging(directory.logs, world.rank)
         yield directory

@@ -61,7 +61,7 @@ def train_here(recipe: Path, *overrides: str) -> Path:
     """Trains in this process to the end; returns the run directory."""
     loaded = load_recipe(recipe, overrides)
     assert run.train(loaded) == 0
-    return Path(loaded.recipe.output_dir) / loaded.recipe.name
+    return loaded.recipe.run_directory
 
 
 def command(recipe: Path, *overrides: str, ranks: int = 1) -> list[str]:
@@ -89,7 +89,7 @@ def train_apart(recipe: Path, *overrides: str, ranks: int = 1) -> Path:
     output, _ = process.communicate()
     assert process.returncode == 0, output
     loaded = load_recipe(recipe, overrides)
-    return Path(loaded.recipe.output_dir) / loaded.recipe.name
+    return loaded.recipe.run_directory
 
 
 def final_weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
 from llmtrain.recipe.introspect import kinds, literals, section_class, strip
-from llmtrain.recipe.schema import EXECUTION_KEYS, EXECUTION_SUBKEYS, Recipe, Section
+from llmtrain.recipe.resolved import EXECUTION_KEYS, EXECUTION_SUBKEYS
+from llmtrain.recipe.schema import Recipe, Section
 
 _TYPES = {
     "integer": "integer",

@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain import __version__
-from llmtrain.recipe.schema import EXECUTION_KEYS, EXECUTION_SUBKEYS, Recipe
+from llmtrain.recipe.schema import Recipe
 from llmtrain.recipe.yaml_tree import dump
+
+# Keys that say how a run is carried out and watched, not what it computes: a run may be resumed
+# with other values here. Everything else makes it another run.
+EXECUTION_KEYS = frozenset(
+    {"description", "output_dir", "device", "engine", "evaluation", "samples", "checkpoint", "logging"}
+)
+EXECUTION_SUBKEYS = frozenset({"batch.micro_sequences", "data.cache_dir"})
 
 # Those whose version can change a run's numbers or files.
 _PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "datasets", "accelerate", "safetensors", "numpy")

@@ -4,6 +4,7 @@ Pure pydantic: importing this costs no torch. The reference in docs/recipe.md is
 the descriptions here. A section that comes in kinds is a union discriminated by `kind`.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -391,10 +392,7 @@ class Recipe(Section):
         assert self.batch.tokens is not None
         return self.batch.tokens // self.sequence_length
 
-
-# Keys that say how a run is carried out and watched, not what it computes: a run may be resumed
-# with other values here. Everything else makes it another run.
-EXECUTION_KEYS = frozenset(
-    {"description", "output_dir", "device", "engine", "evaluation", "samples", "checkpoint", "logging"}
-)
-EXECUTION_SUBKEYS = frozenset({"batch.micro_sequences", "data.cache_dir"})
+    @property
+    def run_directory(self) -> Path:
+        """Where the run writes: output_dir/name, ~ expanded."""
+        return Path(self.output_dir).expanduser() / self.name

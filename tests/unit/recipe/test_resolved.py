@@ -6,8 +6,15 @@ import pytest
 
 from llmtrain import __version__
 from llmtrain.recipe.loading import load_recipe
-from llmtrain.recipe.resolved import environment, identity, identity_differences, resolved_dump
-from llmtrain.recipe.schema import EXECUTION_KEYS, EXECUTION_SUBKEYS, Recipe
+from llmtrain.recipe.resolved import (
+    EXECUTION_KEYS,
+    EXECUTION_SUBKEYS,
+    environment,
+    identity,
+    identity_differences,
+    resolved_dump,
+)
+from llmtrain.recipe.schema import Recipe
 from llmtrain.recipe.shipped import recipe_names
 from tests.unit.recipe.minimal import Write
 
@@ -96,3 +103,9 @@ def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert clean["dirty"] is False
     (tmp_path / "file").write_text("b", encoding="utf-8")
     assert environment()["git"] == {"commit": clean["commit"], "dirty": True}
+
+
+def test_a_tilde_in_output_dir_is_the_home_directory(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    recipe = load_recipe(write(), ["output_dir=~/runs"]).recipe
+    assert str(recipe.run_directory) == f"/home/somebody/runs/{recipe.name}"
