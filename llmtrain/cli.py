@@ -148,7 +148,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling; 1 is off.")] = 1.0,
     num: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto is cuda where there is one.")] = "auto",
 ) -> None:
     """Let a trained model continue texts."""
@@ -185,6 +185,10 @@ def tokenizer_train(
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is not an empty directory", where="--output", remedy="name a new directory")
+    try:
+        output.mkdir(parents=True, exist_ok=True)  # before the minutes of training
+    except OSError as error:
+        raise InputError(f"{output} cannot be made: {error.strerror}", where="--output") from None
     from llmtrain.data import build
 
     cache = build.cache_directory(loaded.recipe.data.cache_dir)

@@ -65,7 +65,8 @@ class Loop:
             observer.step(record)
             if recipe.samples is not None and (done or progress.step % recipe.samples.every == 0):
                 self._sample(observer)
-            if done or progress.step % recipe.checkpoint.every == 0:
+            # Not while steps are skipped: a run that diverges shall not push out the checkpoints from before.
+            if done or (progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_a_row):
                 save_state(self.store, progress, self.engines, self.algorithm)
         return True
 

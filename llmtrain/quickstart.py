@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -41,7 +42,16 @@ def quickstart(output: str, overrides: list[str]) -> int:
 
 def _show(console: Console, directory: Path) -> None:
     evaluated = [record for record in read_metrics(directory / "metrics.jsonl") if "eval_loss" in record]
-    before, after = evaluated[0], evaluated[-1]
+    if evaluated:  # else nothing was held out
+        _show_figures(console, evaluated[0], evaluated[-1])
+    console.print(
+        f"Everything lies in [bold]{directory}[/]: model in final/, figures in metrics.jsonl, curves in tensorboard/.\n"
+        f"Try next: [cyan]llmtrain generate {directory} --prompt 'def '[/]\n"
+        f"          [cyan]llmtrain recipes copy {RECIPE} my.yaml[/], edit it, and [cyan]llmtrain train my.yaml[/]"
+    )
+
+
+def _show_figures(console: Console, before: Mapping[str, float], after: Mapping[str, float]) -> None:
     table = Table(title="before and after, on documents the model was not trained on", title_justify="left")
     table.add_column("figure")
     table.add_column(f"step {before['step']}", justify="right")
@@ -49,8 +59,3 @@ def _show(console: Console, directory: Path) -> None:
     for key, label in FIGURES.items():
         table.add_row(label, f"{before[key]:.2f}", f"{after[key]:.2f}")
     console.print(table)
-    console.print(
-        f"Everything lies in [bold]{directory}[/]: model in final/, figures in metrics.jsonl, curves in tensorboard/.\n"
-        f"Try next: [cyan]llmtrain generate {directory} --prompt 'def '[/]\n"
-        f"          [cyan]llmtrain recipes copy {RECIPE} my.yaml[/], edit it, and [cyan]llmtrain train my.yaml[/]"
-    )

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from llmtrain.data.build import Datasets, cache_directory, prepare_data, prepare
 from llmtrain.data.loader import Loader, evaluation_batches
 from llmtrain.distributed import World
 from llmtrain.engines.parts import forward_precision
-from llmtrain.errors import EXIT_DONE, EXIT_PREEMPTED, InputError
+from llmtrain.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TrainingError
 from llmtrain.loop import Loop
 from llmtrain.models.checks import check_causality, check_document_isolation, check_head
 from llmtrain.models.decoder import Decoder
@@ -30,6 +31,7 @@ from llmtrain.recipe.batch import BatchPlan, plan_batch
 from llmtrain.recipe.loading import LoadedRecipe
 from llmtrain.recipe.schema import Recipe, SingleEngine
 from llmtrain.rundir import RunDirectory, claim
+from llmtrain.schedule import check_steps
 from llmtrain.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
     datasets = prepare_data(recipe, tokenizer, cache)
     _check_same_data(datasets)
     num_steps = recipe.steps or math.ceil((recipe.epochs or 0) * datasets.steps_per_epoch(batch.sequences))
+    check_steps(recipe.schedule, num_steps)
     flops = training_flops_per_token(
         decoder.num_matmul_parameters(), decoder.num_layers(), decoder.attention_width(), recipe.sequence_length
     )
@@ -92,6 +95,12 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
         if newest is not None:
             loop.progress = restore_state(store.load(newest), trained, algorithm, recipe.seed, world)
             log.info("going on from %s", newest)
+        elif any(directory.checkpoints.glob("step-*")):
+            raise InputError(
+                "the run has checkpoints and none of them is whole (why: see above)",
+                where=str(directory.checkpoints),
+                remedy="bring one back, or delete the run directory to begin again",
+            )
         directory.begin(recipe, loop.progress.step)
         with Observer(
             directory.path, world, num_steps, loop.progress.step, peak, flops, recipe.logging.tensorboard
@@ -176,6 +185,11 @@ def _export(
 
     def parameters() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in engine.full_parameters():
+            if not torch.isfinite(tensor).all():
+                raise TrainingError(
+                    f"the run diverged: {name} is not finite after the last step, so no model is exported\n"
+                    "  remedy: begin again under another name=... with a lower optimizer.lr or a longer warm-up"
+                )
             yield name.removeprefix(decoder.PREFIX), tensor
 
     if world.is_main:

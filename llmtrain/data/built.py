@@ -52,9 +52,14 @@ def build_once(path: Path, what: str, build: Build) -> dict[str, Any]:
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """What the builder said, or None unless the directory is whole: all files, in their sizes."""
+    """What the builder said, or None unless the directory is whole: all files, as they were written.
+
+    A file is hashed again only if it changed after the manifest, which was written last: a corpus of
+    terabytes is not read at each start.
+    """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        written = (path / MANIFEST).stat().st_mtime_ns
     except FileNotFoundError:
         return None
     except ValueError:
@@ -65,6 +70,9 @@ def read_about(path: Path) -> dict[str, Any] | None:
         size = file.stat().st_size if file.is_file() else None
         if size != entry["bytes"]:
             log.warning("%s has %s bytes where %d were written; it will be built again", file, size, entry["bytes"])
+            return None
+        if file.stat().st_mtime_ns > written and hash_file(file) != entry["blake2b"]:
+            log.warning("%s was changed since it was written; it will be built again", file)
             return None
     about: dict[str, Any] = manifest["about"]
     return about

@@ -13,6 +13,10 @@ from llmtrain.errors import InputError
 GLOB_CHARACTERS = frozenset("*?[")
 
 
+# How files of gzip, zstd, xz, bzip2 and zip begin.
+COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh", b"PK\x03\x04")
+
+
 def expand(patterns: Sequence[str]) -> list[Path]:
     """The files that the paths and globs name, each once, sorted.
 
@@ -66,6 +70,8 @@ def decode(data: bytes, path: Path, first_line: int, first_byte: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        if first_byte == 0 and data.startswith(COMPRESSED):
+            raise InputError("it is compressed", where=str(path), remedy="unpack it, for example with gunzip") from None
         line = first_line + data.count(b"\n", 0, error.start)
         encoding = "UTF-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "LATIN1"
         name = shlex.quote(str(path))

@@ -1,5 +1,6 @@
 """How the declared global batch is split over ranks, micro-batches and accumulation steps."""
 
+import math
 from dataclasses import dataclass
 
 from llmtrain.recipe.problems import Problem, RecipeError
@@ -67,4 +68,5 @@ def _declared(recipe: Recipe) -> tuple[str, int]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return small + [number // divisor for divisor in reversed(small) if divisor * divisor != number]

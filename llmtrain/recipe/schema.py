@@ -380,8 +380,10 @@ class Recipe(Section):
             )
         if self.tokenizer.kind == "model" and self.model.kind == "config":
             raise ValueError("a model from a config brings no tokenizer; give tokenizer")
-        if self.steps is not None and self.schedule.warmup_steps > self.steps:
-            raise ValueError(f"schedule.warmup_steps ({self.schedule.warmup_steps}) exceeds steps ({self.steps})")
+        warmup, decay = self.schedule.warmup_steps, self.schedule.decay_steps if self.schedule.kind == "wsd" else 0
+        if self.steps is not None and warmup + decay > self.steps:
+            which = "warmup_steps + decay_steps" if decay else "warmup_steps"
+            raise ValueError(f"schedule.{which} ({warmup + decay}) exceeds steps ({self.steps})")
         return self
 
     @property

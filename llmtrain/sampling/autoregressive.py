@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+GREEDY_BELOW = 1e-4  # dividing logits by less overflows, and would leave the most likely token all the same
+
 
 def sample_tokens(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """One token id a row, [B], from float logits [B, V]; temperature 0 takes the most likely one."""
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         return logits.argmax(1)
     probabilities = torch.softmax(logits.float() / temperature, dim=1)
     # Drawn on the CPU, so that a seed means the same on every device.

@@ -12,6 +12,7 @@ from llmtrain.distributed import choose_device
 from llmtrain.errors import InputError
 from llmtrain.models.decoder import config_field
 from llmtrain.models.hub import load_weights
+from llmtrain.sampling.autoregressive import GREEDY_BELOW
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,9 @@ def _continue(
     room = max_new_tokens if longest is None else min(max_new_tokens, longest - len(ids))
     if room < max_new_tokens:
         log.warning("at most %d new tokens: the model's window is %d tokens", room, longest)
-    sampling = {"do_sample": False} if temperature == 0 else {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    sampling: dict[str, float | bool] = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    if temperature < GREEDY_BELOW:
+        sampling = {"do_sample": False}
     batch = torch.tensor([ids], device=model.device)
     model.generate(
         batch,
@@ -104,5 +107,5 @@ def _continue(
         max_new_tokens=room,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **({"do_sample": True} | sampling),
+        **sampling,
     )

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from llmtrain.errors import InputError
+from llmtrain.errors import InputError, TrainingError
 from llmtrain.observe.metrics import read_metrics
 from tests.runs import assert_same, final_weights, train_apart, train_here, training_state, write_recipe
 
@@ -91,3 +91,24 @@ def test_changed_data_are_refused(tmp_path):
         corpus.write("one more line that was not there\n")
     with pytest.raises(InputError, match="data.*changed"):
         train_here(recipe, f"output_dir={tmp_path / 'cut'}")
+
+
+def test_a_run_of_which_no_checkpoint_is_whole_does_not_begin_again_in_silence(tmp_path):
+    recipe = write_recipe(tmp_path)
+    run = train_here(recipe)
+    shutil.rmtree(run / "final")
+    for state in run.glob("checkpoints/*/state-rank-00000.safetensors"):
+        content = bytearray(state.read_bytes())
+        content[-1] ^= 1
+        state.write_bytes(content)
+    metrics = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="none of them is whole"):
+        train_here(recipe)
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_diverged_run_fails_and_exports_nothing(tmp_path):
+    recipe = write_recipe(tmp_path, optimizer={"lr": 1e38})
+    with pytest.raises(TrainingError, match="not finite after the last step"):
+        train_here(recipe)
+    assert not (tmp_path / "runs" / "tiny" / "final").exists()

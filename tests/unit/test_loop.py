@@ -245,13 +245,20 @@ def test_a_finite_step_in_between_starts_the_count_anew(tmp_path: Path) -> None:
 
 def test_the_count_outlives_a_resume(tmp_path: Path) -> None:
     """Or a run that is preempted often would never find out that it diverged."""
-    first = Run(tmp_path, with_bad_steps(2, 3, 4), steps=9, checkpoint={"every": 3, "keep": 9})
-    with pytest.raises(TrainingError):
-        first.go()
+    first = Run(tmp_path, with_bad_steps(2, 3, 4), steps=9).stopping_in(3)
+    assert not first.go()
     again = Run(tmp_path, with_bad_steps(2, 3, 4), steps=9, checkpoint={"every": 3, "keep": 9}).resumed()
     assert again.loop.progress == Progress(step=3, tokens=60, skipped=2, skipped_in_a_row=2)
     with pytest.raises(TrainingError, match="step 4: 3 steps in a row"):
         again.go()
+
+
+def test_a_diverging_run_keeps_the_checkpoints_from_before(tmp_path: Path) -> None:
+    run = Run(tmp_path, with_bad_steps(3, 4, 5), steps=9, checkpoint={"every": 1, "keep": 1})
+    with pytest.raises(TrainingError):
+        run.go()
+    newest = run.store.newest()
+    assert newest is not None and newest.name == "step-00000002"
 
 
 # ----------------------------------------------------------------------------- several models

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmtrain.errors import InputError
 from llmtrain.recipe.schema import WSD, Constant, Cosine, Linear
-from llmtrain.schedule import AnySchedule, learning_rate
+from llmtrain.schedule import AnySchedule, check_steps, learning_rate
 
 PEAK, STEPS, WARMUP = 0.3, 100, 10
 SCHEDULES: dict[str, AnySchedule] = {
@@ -106,3 +107,12 @@ def test_there_are_no_jumps(schedule: AnySchedule) -> None:
         for step in range(max(1, corner - 2), min(num_steps, corner + 3)):
             a, b = (learning_rate(longer, PEAK, at, num_steps) for at in (step, step + 1))
             assert abs(a - b) < 0.02 * PEAK
+
+
+@pytest.mark.parametrize(
+    "schedule", [Cosine(kind="cosine", warmup_steps=11), WSD(kind="wsd", warmup_steps=3, decay_steps=8)]
+)
+def test_warm_up_and_decay_must_fit_into_the_run(schedule: Cosine | WSD) -> None:
+    check_steps(schedule, 11)
+    with pytest.raises(InputError, match=r"schedule: .* 11 in all, and the run has 10 steps"):
+        check_steps(schedule, 10)

@@ -112,3 +112,15 @@ def test_who_waits_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
         assert build_once(tmp_path / "key", "letters", refuse) == {"num": 3}
     process.join()
     assert "waiting for another process that builds the letters" in caplog.text
+
+
+def test_content_that_was_changed_afterwards_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def build(directory: Path) -> dict[str, int]:
+        (directory / "tokens").write_bytes(b"right")
+        return {}
+
+    build_once(tmp_path / "thing", "thing", build)
+    (tmp_path / "thing" / "tokens").write_bytes(b"wrong")  # of the same size
+    build_once(tmp_path / "thing", "thing", build)
+    assert (tmp_path / "thing" / "tokens").read_bytes() == b"right"
+    assert "was changed since it was written" in caplog.text

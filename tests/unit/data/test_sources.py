@@ -1,5 +1,6 @@
 """Reading each kind of source, and what bad input says."""
 
+import gzip
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from pydantic import TypeAdapter
 
 from llmtrain.data.sources import describe, num_bytes, read_documents
 from llmtrain.errors import InputError
+from llmtrain.recipe import schema
 from llmtrain.recipe.schema import Source
 
 
@@ -265,3 +267,10 @@ def test_datasets_that_are_not_there(tmp_path: Path) -> None:
 def test_descriptions_tell_sources_apart() -> None:
     assert describe(source(kind="text", paths=["a", "b", "c"])) == "text a and 2 more"
     assert describe(source(kind="python")) == "python stdlib"
+
+
+def test_a_compressed_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"some text"))
+    source = schema.TextSource(kind="text", paths=[str(tmp_path / "a.txt.gz")])
+    with pytest.raises(InputError, match=r"a\.txt\.gz: it is compressed"):
+        list(read_documents(source))
