@@ -1,5 +1,6 @@
 """The command line. Commands import what they run when they run, so that help answers at once."""
 
+import io
 import os
 import shutil
 import sys
@@ -14,8 +15,12 @@ from typing import Annotated, Literal
 import typer
 
 from llmtrain import __version__
-from llmtrain.errors import EXIT_BAD_INPUT, InputError, LLMTrainError
+from llmtrain.cli_checkpoint import checkpoint_app
+from llmtrain.cli_loading import loading
+from llmtrain.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, LLMTrainError, RankLost, TrainingError
+from llmtrain.observe.streams import outliving_the_console
 from llmtrain.recipe.batch import plan_batch
+from llmtrain.recipe.layout import check_layout
 from llmtrain.recipe.loading import LoadedRecipe, load_recipe, recipe_file
 from llmtrain.recipe.problems import RecipeError
 from llmtrain.recipe.resolved import resolved_dump
@@ -37,6 +42,7 @@ tokenizer_app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
 recipes_app = typer.Typer(help="List, show, copy and validate recipes.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a shipped recipe.", show_default=False)
@@ -54,17 +60,21 @@ class Settings:
     debug: bool = False
 
 
+@outliving_the_console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line, by default this process's; returns its exit code or raises SystemExit."""
     settings = Settings()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it is None where it was closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: not every terminal takes every character
     try:
         app(args=arguments, obj=settings, prog_name="llmtrain")
-    except LLMTrainError as error:
-        if settings.debug:
-            traceback.print_exc()
-        _show(error)
-        return error.exit_code
-    except Exception:
+    except Exception as error:
+        told = error if isinstance(error, LLMTrainError) else _out_of_memory(error)
+        if told is not None:
+            if settings.debug:
+                traceback.print_exc()
+            _show(told)
+            return told.exit_code
         typer.echo("error: llmtrain failed in a way it does not know; please report the traceback below", err=True)
         raise
     return 0
@@ -72,14 +82,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show(error: LLMTrainError) -> None:
     """Prints an error; under several ranks, one that is the same on all of them is rank 0's to print."""
+    if isinstance(error, RankLost):
+        return  # the watchdog has said it, once for all ranks
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         typer.echo(f"error: {error}", err=True)
-    elif isinstance(error, RecipeError):
-        # torchrun ends all ranks as soon as one has left, and rank 0 may be slower to say what is wrong.
+        return
+    if isinstance(error, InputError):
+        # Most often it is rank 0's too, which leaves when it has said so; then torchrun ends the others, here.
         time.sleep(SECONDS_FOR_RANK_0)
-    else:
+    if not isinstance(error, RecipeError):
         typer.echo(f"[rank {rank}] error: {error}", err=True)
+
+
+def _out_of_memory(error: Exception) -> TrainingError | None:
+    """What no memory, of the host or of a GPU, was left for; None for another error."""
+    torch = sys.modules.get("torch")  # its error can only come when it is imported
+    of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if not (isinstance(error, MemoryError) or of_gpu or "can't allocate memory" in str(error)):
+        return None
+    return TrainingError(
+        f"out of memory: {error}\n  remedy: lower batch.micro_sequences or sequence_length, set "
+        "engine.activation_checkpointing, or shard the model over more ranks (engine.kind=fsdp)"
+    )
+
+
+@contextmanager
+def _interruptible(recipe: Recipe) -> Iterator[None]:
+    """Ctrl-C, where the loop does not take it for a request to stop, ends with one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = any((recipe.run_directory / "checkpoints").glob("step-*"))
+        outcome = "the same command goes on from the last checkpoint" if saved else "nothing was trained"
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"interrupted; {outcome}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def _version(wanted: bool) -> None:
@@ -99,18 +137,6 @@ def _settings(
     context.obj.debug = debug
 
 
-@contextmanager
-def _loading() -> Iterator[None]:
-    """Says what the seconds of importing torch are for: on a terminal, and gone when they are over."""
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("loading torch and transformers ..."):
-        yield
-
-
 # ------------------------------------------------------------------------------------- training
 
 
@@ -119,13 +145,16 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Train as RECIPE says, in this process or as one rank of torchrun.
 
     The same command goes on where a stopped run left off.
-    Exit codes: 0 done; 2 bad recipe or input; 75 stopped and checkpointed; 1 failed.
+    Exit codes: 0 done; 2 bad recipe or input; 75 stopped and checkpointed;
+    130 interrupted before the run began; 1 failed.
     """
     loaded = load_recipe(recipe, overrides or [])
-    with _loading():
-        from llmtrain import run
+    with _interruptible(loaded.recipe):
+        with loading():
+            from llmtrain import run
 
-    raise typer.Exit(run.train(loaded))
+        code = run.train(loaded)
+    raise typer.Exit(code)
 
 
 @app.command(epilog="Example: llmtrain quickstart --output /tmp/first steps=50")
@@ -134,7 +163,7 @@ def quickstart(
     output: Annotated[str, typer.Option(metavar="DIR", help="Where the run directory goes.")] = "runs",
 ) -> None:
     """Train a small model on this machine's own text, in minutes on a CPU, and show what it learnt."""
-    with _loading():
+    with loading():
         from llmtrain.quickstart import quickstart as run_quickstart
 
     raise typer.Exit(run_quickstart(output, overrides or []))
@@ -152,7 +181,7 @@ def generate(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto is cuda where there is one.")] = "auto",
 ) -> None:
     """Let a trained model continue texts."""
-    with _loading():
+    with loading():
         from llmtrain.sampling import command
 
     code = command.generate(
@@ -183,7 +212,7 @@ def tokenizer_train(
             where=loaded.where("tokenizer.kind"),
             remedy="use tokenizer.kind=sentencepiece tokenizer.vocab_size=32000",
         )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if os.path.exists(output) and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is not an empty directory", where="--output", remedy="name a new directory")
     try:
         output.mkdir(parents=True, exist_ok=True)  # before the minutes of training
@@ -194,6 +223,27 @@ def tokenizer_train(
     cache = build.cache_directory(loaded.recipe.data.cache_dir)
     build.prepare_tokenizer(loaded.recipe, cache).save_pretrained(output)
     typer.echo(f"tokenizer saved in {output}")
+
+
+@app.command(epilog="Example: llmtrain verdict pretrain/llama-12m")
+def verdict(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    since: Annotated[
+        float, typer.Option(metavar="TIME", help="Seconds since 1970; what ended before was an earlier start.")
+    ] = 0.0,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Wait for a run that has not ended.")] = 0.0,
+    stopped: Annotated[bool, typer.Option("--stopped", help="One that did not begin counts as preempted.")] = False,
+) -> None:
+    """Say how the newest start of RECIPE's run ended, and exit with its code.
+
+    Give the settings that train was given. For scripts: torchrun exits with 1 whatever its workers' codes were.
+    """
+    from llmtrain.verdict import tell
+
+    line, code = tell(load_recipe(recipe, overrides or []), since, wait, stopped)
+    typer.echo(line)
+    raise typer.Exit(code)
 
 
 # -------------------------------------------------------------------------------------- recipes
@@ -243,7 +293,7 @@ def recipes_show(
     resolved: Annotated[bool, typer.Option("--resolved", help="With `extends` and every default filled in.")] = False,
 ) -> None:
     """Print a recipe."""
-    text = resolved_dump(load_recipe(recipe).recipe) if resolved else recipe_file(recipe).read_text(encoding="utf-8")
+    text = resolved_dump(load_recipe(recipe).recipe) if resolved else recipe_file(recipe).read_text("utf-8", "replace")
     if not sys.stdout.isatty():
         typer.echo(text, nl=False)
         return
@@ -261,7 +311,7 @@ def recipes_copy(
     """Copy a recipe to edit it; nothing is overwritten."""
     source = recipe_file(recipe)
     target = destination or Path(source.name)
-    if target.is_dir():
+    if os.path.isdir(target):
         target = target / source.name
     try:
         with target.open("xb") as file:
@@ -299,6 +349,7 @@ def recipes_validate(
 def _derived(loaded: LoadedRecipe, world_size: int) -> str:
     recipe = loaded.recipe
     with loaded.errors_located():
+        check_layout(recipe, world_size, None if recipe.device == "auto" else recipe.device)
         plan = plan_batch(recipe, world_size)
     tokens = plan.sequences * recipe.sequence_length
     length = f"{recipe.steps:,} steps" if recipe.steps is not None else f"{recipe.epochs:g} epochs"

@@ -115,6 +115,27 @@ class StepResult:
     applied: bool
 
 
+class Shard(NamedTuple):
+    """A rank's part of one tensor of the training state: a run of its elements, in row-major order.
+
+    Every backend cuts tensors into such runs: FSDP by rows, ZeRO anywhere, DDP not at all. So this
+    is all that a checkpoint needs to know to be read back on another layout.
+
+    Attributes:
+        local: the elements, contiguous and of any shape; live, so that writing here changes the state.
+        start: index of its first element in the flattened whole.
+        shape: of the whole tensor.
+        replica: which one this rank is of the `replicas` ranks that hold this same run.
+        replicas: how many they are; each of them saves a part of it.
+    """
+
+    local: Tensor
+    start: int
+    shape: tuple[int, ...]
+    replica: int = 0
+    replicas: int = 1
+
+
 class Engine(Protocol):
     """One trainable model on one backend; all ranks call every method in the same order."""
 
@@ -138,17 +159,42 @@ class Engine(Protocol):
         ...
 
     def full_parameters(self) -> Iterable[tuple[str, Tensor]]:
-        """Streams (name, whole tensor) of the weights to export, in the same order on all ranks."""
+        """Streams (name, whole tensor) of the weights to export, in the same order on all ranks.
+
+        At most one whole tensor lives at a time beside the engine's own memory: whoever wants more
+        copies it out before asking for the next.
+        """
         ...
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """This rank's share of the training state: flat names, tensors only, live (not copies)."""
+    def state(self) -> dict[str, Shard]:
+        """This rank's shards of the training state, under names that no backend colours.
+
+        `model.<parameter>` and `model.<buffer>` (what is trained, and persistent buffers),
+        `optimizer.<parameter>.{exp_avg,exp_avg_sq,step}`, `ema.<parameter>`, `ema_updates`. Complete
+        from the first step on and before it; a checkpoint is loaded by writing into it.
+        """
         ...
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None: ...
+    def state_loaded(self) -> None:
+        """Called when a checkpoint was written into `state()`: brings in line what is derived from it."""
+        ...
 
     def describe(self) -> str:
-        """One line of what really runs: backend, ranks, precision."""
+        """One line of what really runs: backend, ranks, shards and replicas, precision."""
+        ...
+
+
+class FrozenModel(Protocol):
+    """A model that is only asked: reference, reward model, teacher; sharded as its backend shards."""
+
+    model: nn.Module
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode without gradients, in the recipe's precision."""
+        ...
+
+    def full_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """As `Engine.full_parameters`."""
         ...
 
 

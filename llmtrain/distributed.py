@@ -6,6 +6,9 @@ every function here is the identity.
 
 import logging
 import os
+import re
+import resource
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +17,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, and not re-exported as types go
 
 from llmtrain.contracts import Sum
-from llmtrain.errors import InputError
+from llmtrain.errors import InputError, RankLost
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -88,22 +92,28 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def joined(wanted_device: str, timeout_seconds: int) -> Iterator[World]:
-    """Joins the process group that the launcher announced, and leaves it at the end."""
+def joined(wanted_device: str, timeout_seconds: int | None) -> Iterator[World]:
+    """Joins the process group that the launcher announced, and leaves it at the end.
+
+    `timeout_seconds` is the deadline of each of its collectives; None is torch's own.
+    """
     rank, size, local_rank, local_size = ranks_from_environment()
     device = choose_device(wanted_device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        # Where DeepSpeed is installed transformers imports it, and it would look for GPUs and warn of none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if size > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=None if timeout_seconds is None else timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )
     try:
         yield World(rank, size, local_rank, local_size, device)
     finally:
-        if size > 1:
+        if dist.is_initialized():  # DeepSpeed makes a group for one process too
             dist.destroy_process_group()
 
 
@@ -121,6 +131,10 @@ def sum_scalars(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
+def on_any_rank(flag: bool) -> bool:
+    return sum_scalars([float(flag)])[0] > 0
+
+
 def average(sums: Mapping[str, Sum]) -> dict[str, float]:
     """value / weight of each metric after one reduction over the ranks; NaN where nothing counted.
 
@@ -133,6 +147,13 @@ def average(sums: Mapping[str, Sum]) -> dict[str, float]:
     totals = sum_scalars([*values, *(s.weight for s in sums.values())])
     num = len(sums)
     return {name: totals[i] / totals[num + i] if totals[num + i] else float("nan") for i, name in enumerate(sums)}
+
+
+def cpu_group(timeout_seconds: float) -> dist.ProcessGroup | None:
+    """A group of all ranks for CPU tensors and objects, apart from the one that trains; None in one process."""
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
 
 
 def barrier() -> None:
@@ -156,3 +177,88 @@ def gather_objects(value: T) -> list[T]:
     holder: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(holder, value)
     return holder  # type: ignore[return-value]
+
+
+class SideStore:
+    """One thread's connection to a key-value store that rank 0 hosts beside the process group.
+
+    It serves while every main thread sits in a collective. A call may block for ever while rank 0 is
+    stopped, whatever timeout the store is given: so it belongs into a thread of its own.
+
+    Raises:
+        ConnectionError: from every method, when rank 0 is gone (and from `seek` also OSError).
+    """
+
+    def __init__(self, client: TCPStore, server: TCPStore | None):
+        self._client, self._server = client, server
+
+    def seek(self) -> None:
+        """Finds out in silence whether rank 0 is there: the other methods print a C++ stack when it is not."""
+        socket.create_connection((self._client.host, self._client.port), timeout=5).close()
+
+    def set(self, key: str, value: str) -> None:
+        with _as_connection_error():
+            self._client.set(key, value)
+
+    def get(self, keys: Sequence[str]) -> list[bytes]:
+        """The values, in one round trip; waits for those that were never set."""
+        with _as_connection_error():
+            values: list[bytes] = self._client.multi_get(list(keys))
+        return values
+
+
+@contextmanager
+def _as_connection_error() -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError as error:
+        raise ConnectionError(str(error).partition("\n")[0]) from error
+
+
+def side_store(world: World) -> SideStore:
+    """Connects to a new store that rank 0 opens; all ranks of a world of several call it.
+
+    Where all ranks are on one node it listens on the loopback only; else on every interface, under
+    the address at which the ranks found rank 0 (MASTER_ADDR).
+    """
+    alone = world.local_size == world.size
+    server, address = None, None
+    if world.is_main:
+        _allow_open_files(2 * world.size)
+        dual = not alone and socket.has_dualstack_ipv6()
+        listener = socket.create_server(
+            ("127.0.0.1" if alone else "", 0),
+            family=socket.AF_INET6 if dual else socket.AF_INET,
+            dualstack_ipv6=dual,
+            backlog=world.size,
+        )
+        host = "127.0.0.1" if alone else os.environ["MASTER_ADDR"]
+        address = host, listener.getsockname()[1]
+        server = TCPStore(
+            *address, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+        )
+    host, port = broadcast_object(address) or ("", 0)
+    client = TCPStore(host, port, is_master=False, wait_for_workers=False, use_libuv=True)
+    return SideStore(client, server)
+
+
+def _allow_open_files(more: int) -> None:
+    """Raises this process's soft limit, which is often 1,024: each rank is a connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1024 + more if hard == resource.RLIM_INFINITY else min(1024 + more, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@contextmanager
+def lost_ranks_told() -> Iterator[None]:
+    """A collective in here that fails because another rank is gone, or does not come, raises RankLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises plain RuntimeErrors, which only the source file in their text tells from others.
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        text = str(error).partition("\n")[0]
+        reason = re.sub(r"^\[[^]]*] ", "", text)
+        raise RankLost(f"a collective failed: {reason}") from error

@@ -1,7 +1,8 @@
 """The errors a person reads, and the exit codes that scripts read.
 
 Exit codes: 0 done as asked; 2 bad recipe or input; 75 preempted and checkpointed, run again to go
-on (75 is EX_TEMPFAIL of sysexits.h, which Slurm scripts and supervisors know); 1 failed otherwise.
+on (75 is EX_TEMPFAIL of sysexits.h, which Slurm scripts and supervisors know); 130 interrupted at the
+keyboard outside of training (128 + SIGINT, as shells have it); 1 failed otherwise.
 """
 
 import difflib
@@ -11,6 +12,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
 
 
 class LLMTrainError(Exception):
@@ -41,6 +43,10 @@ class InputError(LLMTrainError):
 
 class TrainingError(LLMTrainError):
     """The run cannot go on, through no fault of the input: it diverged, or the disk is full."""
+
+
+class RankLost(TrainingError):
+    """Another rank is gone or does not answer; rank 0 says so for all."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

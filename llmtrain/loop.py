@@ -19,6 +19,7 @@ from llmtrain.checkpoint.store import CheckpointStore
 from llmtrain.contracts import POLICY, Algorithm, Engine, MicroBatch, StepResult, Sum, mark_last
 from llmtrain.errors import TrainingError
 from llmtrain.observe.observer import Observer
+from llmtrain.observe.phases import Phases
 from llmtrain.recipe.schema import Recipe
 from llmtrain.schedule import learning_rate
 from llmtrain.signals import StopRequest
@@ -31,7 +32,8 @@ class Loop:
     Attributes:
         engines: one for each trainable model, by the names the algorithm's losses are keyed with.
         num_steps: steps of the whole run.
-        stop: set when this rank is asked to stop; a stop on any rank stops all after the step.
+        stop: set when this rank is asked to stop; a stop on any rank stops all.
+        phases: read by the watchdog.
     """
 
     recipe: Recipe
@@ -40,52 +42,59 @@ class Loop:
     num_steps: int
     store: CheckpointStore
     stop: StopRequest
+    phases: Phases = field(default_factory=Phases)
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
+        self._figures: dict[str, float] = {}  # held-out ones, of the newest evaluation
         self.models = {name: engine.model for name, engine in self.engines.items()}
         self.device = self.engines[POLICY].device
 
     def run(self, observer: Observer) -> bool:
         """Trains to the last step. Returns False when stopped before it, with a checkpoint saved."""
         recipe, progress = self.recipe, self.progress
-        if progress.step == 0:
+        stopping = distributed.on_any_rank(bool(self.stop))
+        if progress.step == 0 and not stopping:
             observer.step({"step": 0, "time": time.time(), "tokens": 0} | self._evaluate(observer))
+            stopping = distributed.on_any_rank(bool(self.stop))
         batches = self.algorithm.step_batches(progress.step)
-        while progress.step < self.num_steps:
+        while progress.step < self.num_steps and not stopping:
             record, stopping = self._step(batches)
             done = progress.step == self.num_steps
-            if stopping and not done:
-                # First the checkpoint: whoever sent the signal may not wait for an evaluation.
-                save_state(self.store, progress, self.engines, self.algorithm)
-                observer.step(record)
-                return False
-            if done or progress.step % recipe.evaluation.every == 0:
+            # When stopping nothing but the checkpoint: whoever sent the signal may not wait for more.
+            evaluating = done or (not stopping and progress.step % recipe.evaluation.every == 0)
+            sampling = recipe.samples and (done or (not stopping and progress.step % recipe.samples.every == 0))
+            if evaluating:
                 record |= self._evaluate(observer)
             observer.step(record)
-            if recipe.samples is not None and (done or progress.step % recipe.samples.every == 0):
+            if sampling:
                 self._sample(observer)
+            if (evaluating or sampling) and not done:
+                stopping = distributed.on_any_rank(bool(self.stop))
             # Not while steps are skipped: a run that diverges shall not push out the checkpoints from before.
-            if done or (progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_a_row):
-                save_state(self.store, progress, self.engines, self.algorithm)
-        return True
+            if done or stopping or (progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_a_row):
+                self._save(required=stopping and not done)
+        with self.phases("save"):
+            self.store.wait()
+        return progress.step == self.num_steps
 
     def _step(self, batches: Any) -> tuple[dict[str, float], bool]:
         """One optimizer step. Returns its record, and whether some rank was asked to stop."""
         started = time.perf_counter()
-        batch: list[MicroBatch] = next(batches)
+        with self.phases("data"):
+            batch: list[MicroBatch] = next(batches)
         names = list(self.engines)
         mine = [sum(micro.weights[name] for micro in batch) for name in names]
         # One collective for all that must be known before the forward.
-        *weights, step_tokens, stops = distributed.sum_scalars(
-            [*mine, sum(micro.num_tokens for micro in batch), float(bool(self.stop))]
-        )
+        with self.phases("collective"):
+            *weights, step_tokens = distributed.sum_scalars([*mine, sum(micro.num_tokens for micro in batch)])
         totals = dict(zip(names, weights, strict=True))
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, self.progress.step + 1, self.num_steps)
-
         sums = self._forward_backward(batch, totals)
-        results = {name: engine.step(lr) for name, engine in self.engines.items()}
-        averages = distributed.average(sums)
+        with self.phases("update"):
+            results = {name: engine.step(lr) for name, engine in self.engines.items()}
+            averages = distributed.average(sums | {"stop": Sum(float(bool(self.stop)), 1.0)})  # in one collective
+        stopping = averages.pop("stop") > 0
         self._count(results, int(step_tokens), averages)
 
         record: dict[str, float] = {
@@ -99,7 +108,7 @@ class Loop:
             "step_seconds": time.perf_counter() - started,
             "skipped": self.progress.skipped,
         }
-        return record, stops > 0
+        return record, stopping
 
     def _forward_backward(self, batch: list[MicroBatch], totals: Mapping[str, float]) -> dict[str, Sum]:
         """Accumulates the gradient of each loss sum over its total; returns this rank's metric sums."""
@@ -111,6 +120,7 @@ class Loop:
 
         for micro, last in mark_last(batch):
             with ExitStack() as stack:
+                stack.enter_context(self.phases("compute"))
                 for engine in self.engines.values():
                     stack.enter_context(engine.accumulate(last))
                 output = self.algorithm.loss(self.models, micro.to(self.device))
@@ -124,7 +134,7 @@ class Loop:
 
     def _count(self, results: Mapping[str, StepResult], step_tokens: int, averages: Mapping[str, float]) -> None:
         progress = self.progress
-        progress.step += 1
+        self.phases.step = progress.step = progress.step + 1
         progress.tokens += step_tokens
         if all(result.applied for result in results.values()):
             progress.skipped_in_a_row = 0
@@ -144,9 +154,14 @@ class Loop:
     def _evaluate(self, observer: Observer) -> dict[str, float]:
         with self._evaluating():
             figures = self.algorithm.evaluate(self.models, self.device)
+        self._figures = figures
         if figures:
             observer.evaluation(self.progress.step, figures)
         return {f"eval_{name}": value for name, value in figures.items()}
+
+    def _save(self, *, required: bool = False) -> None:
+        with self.phases("save"):
+            save_state(self.store, self.progress, self.engines, self.algorithm, self._figures, required=required)
 
     def _sample(self, observer: Observer) -> None:
         with self._evaluating():
@@ -155,6 +170,7 @@ class Loop:
 
     def _evaluating(self) -> ExitStack:
         stack = ExitStack()
+        stack.enter_context(self.phases("evaluation"))
         for engine in self.engines.values():
             stack.enter_context(engine.evaluating())
         return stack

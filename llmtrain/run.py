@@ -18,21 +18,22 @@ from llmtrain.contracts import POLICY, Algorithm, Engine
 from llmtrain.data.build import Datasets, cache_directory, prepare_data, prepare_tokenizer
 from llmtrain.data.loader import Loader, evaluation_batches
 from llmtrain.distributed import World
-from llmtrain.engines.parts import forward_precision
+from llmtrain.ending import run_to_its_end, watched
 from llmtrain.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TrainingError
 from llmtrain.loop import Loop
-from llmtrain.models.checks import check_causality, check_document_isolation, check_head
+from llmtrain.models.checks import Asked, check_causality, check_document_isolation, check_head
 from llmtrain.models.decoder import Decoder
-from llmtrain.models.hub import build_model, save_pretrained
+from llmtrain.models.hub import open_model, save_pretrained
 from llmtrain.observe.flops import device_peak_flops, training_flops_per_token
 from llmtrain.observe.logs import setup_logging
 from llmtrain.observe.observer import Observer
+from llmtrain.observe.watchdog import Watchdog
 from llmtrain.recipe.batch import BatchPlan, plan_batch
+from llmtrain.recipe.layout import check_layout
 from llmtrain.recipe.loading import LoadedRecipe
-from llmtrain.recipe.schema import Recipe, SingleEngine
+from llmtrain.recipe.schema import GroupOptions, Recipe
 from llmtrain.rundir import RunDirectory, claim
 from llmtrain.schedule import check_steps
-from llmtrain.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +50,12 @@ def train(loaded: LoadedRecipe) -> int:
 
 
 def _run(recipe: Recipe) -> int:
-    timeout = 1800 if isinstance(recipe.engine, SingleEngine) else recipe.engine.timeout_seconds
+    timeout = recipe.engine.timeout_seconds if isinstance(recipe.engine, GroupOptions) else None
     with distributed.joined(recipe.device, timeout) as world:
         batch = plan_batch(recipe, world.size)
-        engines.check(recipe, world)
-        with claimed(recipe, world) as directory:
-            if directory.is_finished():
-                log.info("%s is finished already; its model is in %s", directory.path, directory.final)
-                return EXIT_DONE
-            return _train(recipe, batch, directory, world)
+        check_layout(recipe, world.size, world.device.type)
+        with claimed(recipe, world) as directory, watched(recipe, directory, world) as watchdog:
+            return run_to_its_end(watchdog, lambda: _train(recipe, batch, directory, world, watchdog))
 
 
 @contextmanager
@@ -70,37 +68,43 @@ def claimed(recipe: Recipe, world: World) -> Iterator[RunDirectory]:
         directory.release()
 
 
-def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: World) -> int:
+def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: World, watchdog: Watchdog) -> int:
+    phases = watchdog.phases
+    if directory.is_finished():
+        phases.step, phases.num_steps = recipe.steps or 0, recipe.steps
+        log.info("%s is finished already; its model is in %s", directory.path, directory.final)
+        return EXIT_DONE
     cache = cache_directory(recipe.data.cache_dir)
     tokenizer = prepare_tokenizer(recipe, cache)
-    decoder = _build_decoder(recipe, tokenizer, world)  # before the data: a mistake here shall not wait for them
+    blueprint = open_model(recipe, tokenizer)
+    decoder = blueprint.decoder
+    # Before the engine: what is counted here is whole, and no layout changes it.
+    flops = training_flops_per_token(
+        decoder.num_matmul_parameters(), decoder.num_layers(), decoder.attention_width(), recipe.sequence_length
+    )
+    log.info(
+        "model: %s, %.2fM parameters (%.2fM that multiply)",
+        type(decoder.hf).__name__,
+        decoder.num_parameters() / 1e6,
+        decoder.num_matmul_parameters() / 1e6,
+    )
+    engine = engines.prepare(blueprint, recipe, world)
+    _check_model(decoder, engine, recipe)  # before the data: a mistake here shall not wait for them
     datasets = prepare_data(recipe, tokenizer, cache)
     _check_same_data(datasets)
     num_steps = recipe.steps or math.ceil((recipe.epochs or 0) * datasets.steps_per_epoch(batch.sequences))
     check_steps(recipe.schedule, num_steps)
-    flops = training_flops_per_token(
-        decoder.num_matmul_parameters(), decoder.num_layers(), decoder.attention_width(), recipe.sequence_length
-    )
     peak = device_peak_flops(world.device, recipe.precision)
-    _describe(recipe, batch, datasets, decoder, num_steps, f"{peak.flops_per_second / 1e12:.3g} TFLOP/s, {peak.source}")
+    _describe(recipe, batch, datasets, num_steps, f"{peak.flops_per_second / 1e12:.3g} TFLOP/s, {peak.source}")
 
-    trained: dict[str, Engine] = {POLICY: engines.prepare(decoder, recipe, world)}
+    trained: dict[str, Engine] = {POLICY: engine}
     algorithm = _build_algorithm(recipe, batch, tokenizer, datasets, decoder, world)
     seed_generators(recipe.seed, world.rank)
-    store = CheckpointStore(directory.checkpoints, recipe.checkpoint.keep, world)
-    stop = StopRequest()
-    with stop.listening():
-        newest = store.newest()
-        loop = Loop(recipe, algorithm, trained, num_steps, store, stop)
-        if newest is not None:
-            loop.progress = restore_state(store.load(newest), trained, algorithm, recipe.seed, world)
-            log.info("going on from %s", newest)
-        elif any(directory.checkpoints.glob("step-*")):
-            raise InputError(
-                "the run has checkpoints and none of them is whole (why: see above)",
-                where=str(directory.checkpoints),
-                remedy="bring one back, or delete the run directory to begin again",
-            )
+    store = CheckpointStore(directory.checkpoints, recipe.checkpoint, world, recipe.watchdog.save)
+    with store:  # a save that is under way is finished, whatever ends the loop
+        loop = Loop(recipe, algorithm, trained, num_steps, store, watchdog.stop, phases)
+        _resume(loop, directory, world)
+        phases.begin_training(loop.progress.step, num_steps)
         directory.begin(recipe, loop.progress.step)
         with Observer(
             directory.path, world, num_steps, loop.progress.step, peak, flops, recipe.logging.tensorboard
@@ -109,9 +113,26 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
     if not finished:
         log.warning("stopped after step %d of %d; the same command goes on from there", loop.progress.step, num_steps)
         return EXIT_PREEMPTED
-    _export(decoder, trained[POLICY], tokenizer, directory, world)
+    with phases("save"):
+        _export(decoder, engine, tokenizer, directory, world)
     log.info("done: %d steps; the model is in %s", num_steps, directory.final)
     return EXIT_DONE
+
+
+def _resume(loop: Loop, directory: RunDirectory, world: World) -> None:
+    """Puts the loop where the newest whole checkpoint is."""
+    newest = loop.store.newest()
+    if newest is not None:
+        loop.progress = restore_state(loop.store, newest, loop.engines, loop.algorithm, loop.recipe.seed, world)
+        log.info("going on from %s", newest)
+    elif any(directory.checkpoints.glob("step-*")):
+        raise InputError(
+            "the run has checkpoints and none of them is whole (why: see above)",
+            where=str(directory.checkpoints),
+            remedy="bring one back, or delete the run directory to begin again",
+        )
+    elif directory.metrics.exists():
+        log.warning("%s has figures and no checkpoint: the run begins again at its first step", directory.path)
 
 
 def _check_same_data(datasets: Datasets) -> None:
@@ -126,15 +147,14 @@ def _check_same_data(datasets: Datasets) -> None:
             )
 
 
-def _build_decoder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, world: World) -> Decoder:
-    decoder = Decoder(build_model(recipe, tokenizer)).to(world.device)
-    # Asked as it will run: some attention kernels take neither CPU tensors nor float32.
-    with forward_precision(recipe.precision, world.device):
-        check_head(decoder)
-        check_causality(decoder)
+def _check_model(decoder: Decoder, engine: Engine, recipe: Recipe) -> None:
+    """Asks the model as it will run: some attention kernels take neither CPU tensors nor float32."""
+    with engine.evaluating():
+        asked = Asked(engine.model, decoder, engine.device, exact=recipe.precision == "fp32")
+        check_head(asked)
+        check_causality(asked)
         if recipe.data.packing == "documents":
-            check_document_isolation(decoder)
-    return decoder
+            check_document_isolation(asked)
 
 
 def _build_algorithm(
@@ -154,17 +174,9 @@ def _build_algorithm(
     return CausalLM(loader, held_out, tokenizer, recipe.samples, max_length, recipe.seed, datasets.fingerprint)
 
 
-def _describe(
-    recipe: Recipe, batch: BatchPlan, datasets: Datasets, decoder: Decoder, num_steps: int, peak: str
-) -> None:
+def _describe(recipe: Recipe, batch: BatchPlan, datasets: Datasets, num_steps: int, peak: str) -> None:
     rows = sum(len(source) for source in datasets.train)
     held_out = sum(len(source) for source in datasets.validation)
-    log.info(
-        "model: %s, %.2fM parameters (%.2fM that multiply)",
-        type(decoder.hf).__name__,
-        decoder.num_parameters() / 1e6,
-        decoder.num_matmul_parameters() / 1e6,
-    )
     log.info("data: %d rows of %d tokens to train on, %d held out", rows, recipe.sequence_length, held_out)
     log.info(
         "batch: %d rows = %d ranks x %d accumulation x %d micro; %d steps, %.2f epochs; peak %s",

@@ -3,6 +3,7 @@
 runs/<name>/
     recipe.resolved.yaml    the recipe of the run, written when it first trains; its identity guards the rest
     starts.jsonl            one object a start: when, where, versions, from which step
+    verdict.json            how the newest start ended
     metrics.jsonl  samples.jsonl  checkpoints/  tensorboard/  logs/rank-N.log
     final/                  the exported model; there only when it is complete
     .lock  .lock-holder     held while a run is alive, and by whom
@@ -30,7 +31,7 @@ from llmtrain.recipe.schema import Recipe
 _RECIPE = "recipe.resolved.yaml"
 _LOCK, _HOLDER = ".lock", ".lock-holder"
 # What is there of a run that never began to train: another recipe may take its place.
-_BEFORE_TRAINING = frozenset({_LOCK, _HOLDER, f".writing-{_RECIPE}", "logs"})
+_BEFORE_TRAINING = frozenset({_LOCK, _HOLDER, f".writing-{_RECIPE}", "logs", "verdict.json", ".writing-verdict.json"})
 _SHOWN_DIFFERENCES = 5
 
 
@@ -140,9 +141,9 @@ def claim(directory: Path, recipe: Recipe, world: World) -> RunDirectory:
 
 
 def _claim_alone(directory: Path, recipe: Recipe) -> FileLock:
-    _check(directory, recipe)
     with ExitStack() as undo:
         try:
+            _check(directory, recipe)
             directory.mkdir(parents=True, exist_ok=True)
             lock = _locked(directory)
             undo.callback(lock.release)

@@ -3,21 +3,15 @@
 import math
 
 from llmtrain.errors import InputError
-from llmtrain.recipe.schema import WSD, Constant, Cosine, Linear
+from llmtrain.recipe.schema import WSD, Constant, Cosine, Linear, exceeding
 
 AnySchedule = Constant | Linear | Cosine | WSD
 
 
 def check_steps(schedule: AnySchedule, num_steps: int) -> None:
     """Raises InputError where warm-up and decay do not fit into the run's steps."""
-    needed = schedule.warmup_steps + (schedule.decay_steps if isinstance(schedule, WSD) else 0)
-    if needed > num_steps:
-        parts = "warmup_steps and decay_steps are" if isinstance(schedule, WSD) else "warmup_steps is"
-        raise InputError(
-            f"{parts} {needed} in all, and the run has {num_steps} steps",
-            where="schedule",
-            remedy="shorten them, or train for more steps",
-        )
+    if (problem := exceeding(schedule, num_steps)) is not None:
+        raise InputError(problem, where="schedule", remedy="shorten them, or train for more steps")
 
 
 def learning_rate(schedule: AnySchedule, peak: float, step: int, num_steps: int) -> float:

@@ -12,6 +12,8 @@ import yaml
 from safetensors.torch import load_file
 
 from llmtrain import run
+from llmtrain.checkpoint.manifest import read_tensors
+from llmtrain.checkpoint.storage import state_file
 from llmtrain.recipe.loading import load_recipe
 
 RECIPE: dict[str, Any] = {
@@ -97,8 +99,15 @@ def final_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def training_state(directory: Path, step: int) -> dict[str, torch.Tensor]:
-    """Weights, optimizer and averages of a checkpoint that one rank wrote."""
-    return load_file(directory / "checkpoints" / f"step-{step:08d}" / "state-rank-00000.safetensors")
+    """Weights, optimizer and averages of a checkpoint, flattened, whatever layout saved them."""
+    path = directory / "checkpoints" / f"step-{step:08d}"
+    records = read_tensors(path)
+    files = {rank: load_file(path / state_file(rank)) for record in records.values() for rank in record.ranks}
+    return {
+        name: torch.cat([files[rank][name] for rank in record.ranks])
+        for name, record in records.items()
+        if not name.startswith("rank-")
+    }
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], rtol: float = 0, atol: float = 0) -> None:

@@ -36,7 +36,8 @@ class CausalLM:
         samples: what to generate while training, or None.
         max_length: tokens the model was made for.
         seed: of the samples.
-        data_fingerprint: of the training rows; a resumed run must find the same.
+        data_fingerprint: hashes of the training and held-out rows, by key of the recipe; a resumed run must
+            find the same, or neither its batches nor its figures would go on from what they were.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class CausalLM:
         samples: Samples | None,
         max_length: int,
         seed: int,
-        data_fingerprint: str,
+        data_fingerprint: Mapping[str, str],
     ):
         self._loader, self._held_out, self._tokenizer = loader, held_out, tokenizer
         self._samples, self._max_length, self._seed = samples, max_length, seed
@@ -123,12 +124,13 @@ class CausalLM:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"data": self._data_fingerprint}  # batches depend on (seed, step) and the rows only
+        return {"data": dict(self._data_fingerprint)}  # batches depend on (seed, step) and the rows only
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["data"] != self._data_fingerprint:
-            raise InputError(
-                "the training data or the tokenizer changed since the checkpoint was saved",
-                where="data.train",
-                remedy="bring the former files back, or start a new run with another name=...",
-            )
+        for key, print_of_data in self._data_fingerprint.items():
+            if state["data"].get(key) != print_of_data:
+                raise InputError(
+                    "the text or the tokenizer changed since the checkpoint was saved",
+                    where=key,
+                    remedy="bring the former files back, or start a new run with another name=...",
+                )

@@ -12,17 +12,16 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import safe_open
 from torch import Tensor
 
 _CHUNK_BYTES = 1 << 24  # hashed and written at a time, at once: 16 MB measured as good as any larger
 
 # https://github.com/huggingface/safetensors, "Format": 8 bytes of header length, JSON header, data.
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -36,6 +35,13 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+def dtype_name(name: str, dtype: torch.dtype) -> str:
+    """How safetensors calls the dtype of the tensor `name`; raises ValueError where it has none such."""
+    if dtype not in DTYPE_NAMES:
+        raise ValueError(f"tensor {name!r}: safetensors has no {dtype}")
+    return DTYPE_NAMES[dtype]
 
 
 class FileRecord(BaseModel):
@@ -115,11 +121,9 @@ def _header(tensors: Mapping[str, Tensor], names: list[str]) -> bytes:
     offset = 0
     for name in names:
         tensor = tensors[name]
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise ValueError(f"tensor {name!r}: safetensors has no {tensor.dtype}")
         end = offset + tensor.nbytes
         entries[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "dtype": dtype_name(name, tensor.dtype),
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
@@ -155,41 +159,6 @@ def _sha256_of(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
-
-
-class _TensorFile(Protocol):
-    """What is used of safetensors' safe_open, which has no types."""
-
-    def keys(self) -> list[str]: ...
-
-    def get_tensor(self, name: str) -> Tensor: ...
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """The tensors of several safetensors files, read only when asked for.
-
-    A tensor is a private mapping of the file: writing into it does not change the file, and pages
-    are read as they are touched. Copy out of it rather than keep it: it holds the file open.
-    """
-
-    def __init__(self, files: list[Path]):
-        """Raises ValueError where two files hold a tensor of the same name."""
-        self._sources: dict[str, _TensorFile] = {}
-        for path in files:
-            source: _TensorFile = safe_open(path, framework="pt")
-            for name in source.keys():  # noqa: SIM118 - it is no mapping
-                if name in self._sources:
-                    raise ValueError(f"{path}: tensor {name!r} is in another file of this checkpoint too")
-                self._sources[name] = source
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._sources[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)
 
 
 def readable_bytes(size: float) -> str:

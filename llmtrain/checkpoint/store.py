@@ -1,120 +1,278 @@
 """Checkpoints that are whole or not there: written aside, hashed, renamed into place, verified when read.
 
     checkpoints/step-NNNNNNNN/
-        state-rank-NNNNN.safetensors    the shared state; each rank that owns some of it writes its own
-        rank-NNNNN.safetensors          what belongs to one rank: its random generators
-        state.json                      step, world size, and the small state
+        state-rank-NNNNN.safetensors    the runs of elements that a rank writes, its generators among them
+        tensors.json                    of every tensor: dtype, shape, and which file holds which run
+        state.json                      the small state
         manifest.json                   size and sha256 of every file above, written last
 
-A process killed at any moment leaves either no new directory or a whole one, and a
-`.writing-...` directory at most, which the next save removes.
+DCP (torch.distributed.checkpoint) plans, copies and writes in the background; the storage below it
+is ours (`storage.py`). A process killed at any moment leaves either no new directory or a whole
+one, and a `.writing-...` directory at most, which the next save removes.
 """
 
+import errno
 import json
 import logging
+import math
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 import llmtrain
 from llmtrain.checkpoint.files import (
     FileRecord,
-    LazyTensors,
     fsync_path,
     problem_with,
     readable_bytes,
     write_bytes,
-    write_tensors,
 )
-from llmtrain.distributed import World, barrier, broadcast_object, gather_objects, sum_scalars
-from llmtrain.errors import InputError, TrainingError
+from llmtrain.checkpoint.flat import FlatLoadPlanner, FlatSavePlanner, Run, own_runs
+from llmtrain.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    TENSORS,
+    Manifest,
+    checkpoints_in,
+    layout_problem,
+    leftovers_in,
+    read_manifest,
+    read_state,
+    read_tensors,
+)
+from llmtrain.checkpoint.match import check_same_state, rank_prefix, read_rank_tensors
+from llmtrain.checkpoint.retention import remove, remove_old
+from llmtrain.checkpoint.staging import HostCopies
+from llmtrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from llmtrain.contracts import Shard
+from llmtrain.distributed import World, broadcast_object, cpu_group, gather_objects, sum_scalars
+from llmtrain.errors import InputError, TrainingError, nearest
+from llmtrain.recipe.schema import Checkpoint
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
-MANIFEST = "manifest.json"
-_STATE = "state.json"
+# DCP says so at each save and load of a single process, where there is nothing else to assume.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
-
-class Manifest(BaseModel):
-    """The content of manifest.json."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    format: Literal[1]
-    step: int = Field(ge=0)
-    llmtrain: str
-    torch: str
-    files: dict[str, FileRecord]
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A checkpoint read back.
+class Contents:
+    """What is saved, beside the shards.
+
+    Attributes:
+        rank_tensors: what belongs to this rank alone, and returns to it only.
+        state: JSON values; rank 0's are written.
+        metrics: held-out figures, for keeping the best; what is not finite is never best.
+        engine: what the backend says of itself.
+    """
+
+    rank_tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    engine: str
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was read back, beside the shards.
 
     Attributes:
         step: optimizer steps done when it was saved.
-        tensors: the shared state of all ranks, read from the files as it is asked for.
-        rank_tensors: this rank's own; None where the world size was another, so that no rank has any.
+        rank_tensors: this rank's own; None where the number of ranks was another, or it saved none.
         state: the small state, as it was given.
-        world_size: number of ranks that saved it.
     """
 
     step: int
-    tensors: Mapping[str, Tensor]
     rank_tensors: dict[str, Tensor] | None
     state: dict[str, Any]
-    world_size: int
+
+
+@dataclass(frozen=True)
+class _Pending:
+    writing: Path
+    future: Future[Any]
+    num_bytes: int
 
 
 class CheckpointStore:
-    """The checkpoints of one run; all ranks call every method in the same order."""
+    """The checkpoints of one run; all ranks call every method in the same order.
 
-    def __init__(self, directory: Path, keep: int, world: World):
-        """Keeps the newest `keep` checkpoints in `directory`, which all ranks must see."""
-        self.directory, self.keep, self.world = directory, keep, world
+    As a context manager it lets the save under way end before the ranks part.
+    """
+
+    def __init__(self, directory: Path, spec: Checkpoint, world: World, timeout_seconds: int = 3600):
+        """Keeps what `spec` says in `directory`, which all ranks must see."""
+        self.directory, self.spec, self.world = directory, spec, world
+        # Its own group: saves run beside training, and collectives of one group may not cross.
+        self._group = cpu_group(timeout_seconds)
+        self._copies = HostCopies()
+        self._pending: _Pending | None = None
         self._broken: set[Path] = set()
 
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        rank_tensors: Mapping[str, Tensor],
-        state: Mapping[str, Any],
-    ) -> Path:
-        """Saves a step and removes the checkpoints beyond the newest `keep`; a step already there stays.
+    # ------------------------------------------------------------------------------------ saving
+
+    def save(self, step: int, shards: Mapping[str, Shard], contents: Contents, *, required: bool = False) -> None:
+        """Saves a step; a step already there stays. Training may go on when it returns.
 
         Args:
             step: optimizer steps done.
-            tensors: what this rank writes of the shared state; a name is given by one rank only.
-            rank_tensors: this rank's own.
-            state: JSON values; rank 0's are written.
+            shards: this rank's part of the state; the ranks' make up every tensor.
+            contents: the rest.
+            required: return only when it is on the disk, and fail where it cannot be.
 
         Raises:
-            TrainingError: on all ranks, if any could not write; the older checkpoints are untouched.
+            TrainingError: on all ranks, if any could not write this one or the asynchronous one
+                before it; the older checkpoints are untouched.
         """
+        self.wait()
+        _check_best(self.spec, contents.metrics)
         target = self.directory / f"step-{step:08d}"
         if self._problem(target) is None:
-            return target
+            return
         writing = self.directory / f".writing-{target.name}"
-        num_bytes = sum(tensor.nbytes for tensor in (*tensors.values(), *rank_tensors.values()))
-        self._on_all_ranks(writing, num_bytes, lambda: self._prepare(writing))
-        written = self._on_all_ranks(
-            writing, num_bytes, lambda: self._write(writing, step, tensors, rank_tensors, state)
-        )
-        records = {name: record for share in written for name, record in share.items()}
-        self._on_all_ranks(writing, num_bytes, lambda: self._commit(writing, target, step, records))
-        self._broken.discard(target)
+        runs = own_runs(shards) | {
+            f"{rank_prefix(self.world.rank)}{name}": Run(tensor.detach().reshape(-1), 0, tuple(tensor.shape))
+            for name, tensor in contents.rank_tensors.items()
+        }
+        planner = FlatSavePlanner(runs)
+        publish = self._publisher(writing, target, step, contents, planner)
+        arguments: dict[str, Any] = {
+            "storage_writer": SafetensorsWriter(writing, self.world.rank, lambda: self._prepare(writing), publish),
+            "planner": planner,
+            "process_group": self._group,
+            "no_dist": self._group is None,
+        }
+        # As one entry: DCP looks at each and logs it, which holds training up for 30 us a tensor.
+        values = {"runs": {name: run.values for name, run in runs.items()}}
+        num_bytes = sum(run.values.nbytes for run in runs.values())
+        if self.spec.asynchronous and not required:
+            future = async_save(values, async_stager=self._copies, **arguments)
+            assert isinstance(future, Future)
+            self._pending = _Pending(writing, future, num_bytes)
+            return
+        with self._failures(writing, num_bytes, required):
+            save(values, **arguments)
+
+    def wait(self, *, required: bool = False) -> None:
+        """Returns when no save is under way; raises what went wrong with the one that was."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with self._failures(pending.writing, pending.num_bytes, required):
+                pending.future.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None:
+            self.wait()
+        elif self._pending is not None:
+            # What it saves is from before the error, and the newest there is. The other ranks' threads write
+            # on whatever became of their training; where a rank is gone, its connection is closed.
+            lost = self._pending.future.exception()
+            if lost is not None:
+                reason = _reasons(_failures_in(lost)) if isinstance(lost, CheckpointException) else lost
+                name = _step_name(self._pending.writing)
+                log.warning("checkpoint %s, under way when the run failed, is lost: %s", name, reason)
+
+    def _prepare(self, writing: Path) -> None:
+        for leftover in leftovers_in(self.directory):
+            try:
+                shutil.rmtree(leftover)
+            except OSError as error:  # as NFS does while another node has a file of it open
+                log.warning("%s, left by an interrupted save or removal, could not be removed: %s", leftover, error)
+        if not self.directory.exists():
+            self.directory.mkdir(parents=True)
+            fsync_path(self.directory.parent)
+        writing.mkdir()
+
+    def _publisher(
+        self, writing: Path, target: Path, step: int, contents: Contents, planner: FlatSavePlanner
+    ) -> Callable[[dict[str, FileRecord]], None]:
+        """What rank 0 does when every rank has written; what it needs of `contents` is copied here."""
+        state = json.dumps(dict(contents.state), allow_nan=False).encode()
+        metrics = {name: float(value) for name, value in contents.metrics.items() if math.isfinite(value)}
+        now, engine = datetime.now(UTC).isoformat(timespec="seconds"), contents.engine
+
+        def publish(files: dict[str, FileRecord]) -> None:
+            for name, record in files.items():
+                # Another rank's file that does not arrive here means that the disk is not shared.
+                if (size := (writing / name).stat().st_size) != record.bytes:
+                    raise OSError(f"{name} has {size} bytes where its rank wrote {record.bytes}")
+            layout = json.dumps({name: record.model_dump() for name, record in planner.tensors.items()}).encode()
+            files = files | {
+                STATE: write_bytes(writing / STATE, state),
+                TENSORS: write_bytes(writing / TENSORS, layout),
+            }
+            manifest = Manifest(
+                format=FORMAT,
+                step=step,
+                time=now,
+                metrics=metrics,
+                world_size=self.world.size,
+                engine=engine,
+                llmtrain=llmtrain.__version__,
+                torch=torch.__version__,
+                files=files,
+            )
+            write_bytes(writing / MANIFEST, manifest.model_dump_json(indent=1).encode())
+            fsync_path(writing)
+            if target.exists():  # a broken one, or it would have stayed
+                remove(target)
+            writing.rename(target)
+            fsync_path(self.directory)
+            self._broken.discard(target)
+            remove_old(self.directory, self.spec, self._broken)
+
+        return publish
+
+    @contextmanager
+    def _failures(self, writing: Path, num_bytes: int, required: bool) -> Iterator[None]:
+        """Says in the user's terms, on all ranks alike, why a save failed."""
+        try:
+            yield
+            return
+        except CheckpointException as error:
+            failures = _failures_in(error)
+            if not all(isinstance(failure, OSError) for failure in failures.values()):
+                raise RuntimeError(str(error)) from error
         if self.world.is_main:
-            self._remove_old()
-        return target
+            shutil.rmtree(writing, ignore_errors=True)
+        message = self._told(writing, sum_scalars([num_bytes])[0], failures)
+        full = all(isinstance(failure, OSError) and failure.errno in _NO_ROOM for failure in failures.values())
+        if required or not full or self.spec.on_full_disk == "fail":
+            raise TrainingError(message)
+        if self.world.is_main:
+            log.warning("%s\n  checkpoint.on_full_disk is continue: the run goes on without it", message)
+
+    def _told(self, writing: Path, needed: float, failures: Mapping[int, BaseException]) -> str:
+        existing = next(parent for parent in (self.directory, *self.directory.parents) if parent.exists())
+        free = shutil.disk_usage(existing).free
+        return (
+            f"checkpoint {_step_name(writing)} could not be written: {_reasons(failures)}\n"
+            f"  it needs {readable_bytes(needed)}; {readable_bytes(free)} are free in {existing}\n"
+            f"  older checkpoints are untouched: make room (or lower checkpoint.keep, now {self.spec.keep}) and run "
+            "the same command again to go on from the newest"
+        )
+
+    # ----------------------------------------------------------------------------------- reading
 
     def newest(self) -> Path | None:
         """The newest checkpoint of which every file is as it was written; None without any.
@@ -122,9 +280,9 @@ class CheckpointStore:
         Raises:
             InputError: a rank does not see what rank 0 sees.
         """
-        candidates = broadcast_object([path.name for path in self._checkpoints()])  # rank 0's
+        candidates = broadcast_object([path.name for path in checkpoints_in(self.directory)])  # rank 0's
         if self.world.is_main:
-            for leftover in self._leftovers():
+            for leftover in leftovers_in(self.directory):
                 log.warning("%s is what an interrupted save or removal left; the next save removes it", leftover)
         for path in (self.directory / name for name in candidates):
             problem = self._problem(path)
@@ -135,90 +293,40 @@ class CheckpointStore:
                 log.warning("checkpoint %s is passed over: %s", path, problem)
         return None
 
-    def load(self, path: Path) -> Loaded:
-        """Reads a checkpoint that `newest` or `save` gave; the hashes are not checked again."""
-        manifest, problem = _read_manifest(path)
+    def restore(self, path: Path, shards: Mapping[str, Shard]) -> Restored:
+        """Reads a checkpoint that `newest` gave into `shards`, whatever layout it was saved on.
+
+        Raises:
+            InputError: on all ranks: the state is not that of these shards' model and optimizer, or
+                cannot be read.
+        """
+        manifest, problem = read_manifest(path)
         if manifest is None:
             raise InputError(f"no readable checkpoint: {problem}", where=str(path))
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        own = _rank_file(self.world.rank)
-        rank_tensors = None
-        if state["world_size"] == self.world.size:
-            rank_tensors = dict(LazyTensors([path / own])) if own in manifest.files else {}
-        shared = [path / name for name in sorted(manifest.files) if name.startswith("state-rank-")]
-        return Loaded(state["step"], LazyTensors(shared), rank_tensors, state["state"], state["world_size"])
-
-    def _prepare(self, writing: Path) -> None:
-        if self.world.is_main:
-            for leftover in self._leftovers():
-                shutil.rmtree(leftover)
-            writing.mkdir(parents=True)
-
-    def _write(
-        self,
-        writing: Path,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        rank_tensors: Mapping[str, Tensor],
-        state: Mapping[str, Any],
-    ) -> dict[str, FileRecord]:
-        records = {}
-        if tensors:
-            name = f"state-{_rank_file(self.world.rank)}"
-            records[name] = write_tensors(writing / name, tensors)
-        if rank_tensors:
-            name = _rank_file(self.world.rank)
-            records[name] = write_tensors(writing / name, rank_tensors)
-        if self.world.is_main:
-            content = {"step": step, "world_size": self.world.size, "state": dict(state)}
-            records[_STATE] = write_bytes(writing / _STATE, json.dumps(content, allow_nan=False).encode())
-        return records
-
-    def _commit(self, writing: Path, target: Path, step: int, records: dict[str, FileRecord]) -> None:
-        if not self.world.is_main:
-            return
-        for name, record in records.items():
-            # Another rank's file that does not arrive here means that the disk is not shared.
-            if (size := (writing / name).stat().st_size) != record.bytes:
-                raise OSError(f"{name} has {size} bytes where its rank wrote {record.bytes}")
-        manifest = Manifest(format=1, step=step, llmtrain=llmtrain.__version__, torch=torch.__version__, files=records)
-        write_bytes(writing / MANIFEST, manifest.model_dump_json(indent=1).encode())
-        fsync_path(writing)
-        if target.exists():  # a broken one, or it would have stayed
-            self._remove(target)
-        writing.rename(target)
-        fsync_path(self.directory)
-
-    def _on_all_ranks(self, writing: Path, num_bytes: int, action: Callable[[], T]) -> list[T]:
-        """Every rank's result of `action`; where one failed, all raise instead of waiting for it."""
-        outcome: tuple[T | None, str | None]
+        tensors = read_tensors(path)
+        check_same_state(path, tensors, shards)
         try:
-            outcome = action(), None
-        except OSError as error:
-            outcome = None, f"rank {self.world.rank}: {error}"
-        outcomes = gather_objects(outcome)
-        failures = [failure for _, failure in outcomes if failure is not None]
-        if failures:
-            needed = sum_scalars([num_bytes])[0]
-            raise TrainingError(self._give_up(writing, needed, failures))
-        return [result for result, _ in outcomes]  # type: ignore[misc]
-
-    def _give_up(self, writing: Path, needed: float, failures: list[str]) -> str:
-        if self.world.is_main:
-            shutil.rmtree(writing, ignore_errors=True)
-        barrier()
-        existing = next(parent for parent in (self.directory, *self.directory.parents) if parent.exists())
-        free = shutil.disk_usage(existing).free
-        return (
-            f"checkpoint {writing.name.removeprefix('.writing-')} could not be written: {'; '.join(failures)}\n"
-            f"  it needs {readable_bytes(needed)}; {readable_bytes(free)} are free in {existing}\n"
-            f"  older checkpoints are untouched: make room (or lower checkpoint.keep, now {self.keep}) and run "
-            "the same command again to go on from the newest"
-        )
+            load(
+                {},
+                storage_reader=SafetensorsReader(path, tensors),
+                planner=FlatLoadPlanner(shards),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+        except CheckpointException as error:
+            raise InputError(
+                f"the checkpoint cannot be read: {_reasons(_failures_in(error))}",
+                where=str(path),
+                remedy="move it out of the run directory to go on from an older one",
+            ) from error
+        same_ranks = manifest.world_size == self.world.size
+        # A checkpoint that was converted has none.
+        own = read_rank_tensors(path, tensors, self.world.rank) or None if same_ranks else None
+        return Restored(manifest.step, own, read_state(path))
 
     def _problem(self, path: Path) -> str | None:
         """Why the checkpoint is not whole, or None if it is. The ranks share the hashing."""
-        manifest, problem = _read_manifest(path)
+        manifest, problem = read_manifest(path)
         digest = None if manifest is None else sha256(manifest.model_dump_json().encode()).hexdigest()
         seen = gather_objects((problem, digest))
         main_problem, main_digest = seen[0]
@@ -238,49 +346,26 @@ class CheckpointStore:
             for name in largest_first[self.world.rank :: self.world.size]
             if (found := problem_with(path / name, manifest.files[name])) is not None
         ]
-        return next((found for share in gather_objects(problems) for found in share), None)
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.directory.glob("step-*"), reverse=True)
-
-    def _leftovers(self) -> list[Path]:
-        return sorted([*self.directory.glob(".writing-*"), *self.directory.glob(".removing-*")])
-
-    def _remove_old(self) -> None:
-        # A broken one does not count, or it would push out the whole one that the run came from.
-        whole = [path for path in self._checkpoints() if path not in self._broken]
-        oldest_kept = whole[: self.keep][-1]
-        for path in self._checkpoints():
-            if path >= oldest_kept:
-                continue
-            try:
-                self._remove(path)
-            except OSError as error:
-                log.warning("old checkpoint %s could not be removed: %s", path, error)
-
-    def _remove(self, path: Path) -> None:
-        removing = path.with_name(f".removing-{path.name}")
-        path.rename(removing)  # so that a half-removed one is never taken for a checkpoint
-        shutil.rmtree(removing)
+        problem = next((found for share in gather_objects(problems) for found in share), None)
+        return problem or broadcast_object(layout_problem(path, manifest) if self.world.is_main else None)
 
 
-def _rank_file(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
+def _check_best(spec: Checkpoint, metrics: Mapping[str, float]) -> None:
+    if spec.keep_best is not None and metrics and spec.keep_best.metric not in metrics:
+        raise InputError(
+            f"there is no held-out figure {spec.keep_best.metric!r}{nearest(spec.keep_best.metric, metrics)}",
+            where="checkpoint.keep_best.metric",
+            remedy=f"use one of {', '.join(sorted(metrics))}",
+        )
 
 
-def _read_manifest(path: Path) -> tuple[Manifest | None, str | None]:
-    """The manifest, or why there is none."""
-    try:
-        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        return None, f"{MANIFEST} is missing"
-    except OSError as error:
-        return None, f"{MANIFEST} cannot be read: {error.strerror}"
-    except ValidationError as error:
-        first = error.errors()[0]
-        return None, f"{MANIFEST} is no manifest of ours: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-    if path.name != f"step-{manifest.step:08d}":
-        return None, f"{MANIFEST} is of step {manifest.step}"
-    if _STATE not in manifest.files:
-        return None, f"{MANIFEST} lists no {_STATE}"
-    return manifest, None
+def _step_name(writing: Path) -> str:
+    return writing.name.removeprefix(".writing-")
+
+
+def _failures_in(error: CheckpointException) -> dict[int, BaseException]:
+    return {rank: failure for rank, (failure, _) in error.failures.items()}
+
+
+def _reasons(failures: Mapping[int, BaseException]) -> str:
+    return "; ".join(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items()))

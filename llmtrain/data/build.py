@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtrain.data.built import build_once
 from llmtrain.data.cache import Halves, TokenCorpus, is_held_out, tokenised
+from llmtrain.data.files import why_missing
 from llmtrain.data.fingerprint import fingerprint
 from llmtrain.data.hashing import hash_settings
 from llmtrain.data.order import MixtureOrder, Order, ShuffledOrder
@@ -46,13 +47,14 @@ class Datasets:
         train: rows of each training source.
         validation: held-out rows; empty where validation_fraction is 0 and no source is given.
         weights: shares of the training sources, or None to see every row once an epoch.
-        fingerprint: changes with the training text, the tokenizer and the split.
+        fingerprint: hashes by key of the recipe: that of data.train changes with the training text, the
+            tokenizer and the split; that of data.validation, where it is given, with its text and the tokenizer.
     """
 
     train: list[Rows]
     validation: list[Rows]
     weights: list[float] | None
-    fingerprint: str
+    fingerprint: dict[str, str]
 
     def order(self, seed: int) -> Order:
         """The order of the training rows."""
@@ -60,8 +62,21 @@ class Datasets:
         return ShuffledOrder(lengths, seed) if self.weights is None else MixtureOrder(lengths, self.weights, seed)
 
     def steps_per_epoch(self, global_sequences: int) -> float:
-        """Optimizer steps in which as many rows are seen as there are; not rounded."""
-        return sum(len(rows) for rows in self.train) / global_sequences
+        """Optimizer steps in which as many rows are seen as there are; not rounded.
+
+        Raises:
+            InputError: the rows do not fill one step. Steps are whole, so that a run of epochs would
+                train for longer than it was asked to, and see rows twice in a step.
+        """
+        num_rows = sum(len(rows) for rows in self.train)
+        if num_rows < global_sequences:
+            raise InputError(
+                f"an epoch has {num_rows} rows, and one optimizer step takes {global_sequences}",
+                where="epochs",
+                remedy=f"lower the batch to {num_rows} rows or fewer, check that data.train names all of the text, "
+                "or give steps in place of epochs",
+            )
+        return num_rows / global_sequences
 
 
 def cache_directory(configured: str | None) -> Path:
@@ -99,8 +114,9 @@ def prepare_tokenizer(recipe: Recipe, cache_dir: Path) -> PreTrainedTokenizerBas
         case ModelTokenizer():
             if isinstance(model, ModelFromGGUF):
                 file = Path(model.file).expanduser()
-                if not file.is_file():
-                    raise InputError(f"no such file: {model.file}", where="model.file", remedy="correct the path")
+                if not os.path.isfile(file):
+                    message = f"{why_missing(file, 'file')}: {model.file}"
+                    raise InputError(message, where="model.file", remedy="correct the path")
                 return load_tokenizer(str(file.parent), gguf_file=file.name)
             assert not isinstance(model, ModelFromConfig), "the schema forbids it"
             return load_tokenizer(model.path, model.revision)
@@ -145,8 +161,11 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache_dir: 
             message = f"all {half.validation.num_documents} documents of {describe(data.train[number])} are held out"
             remedy = "lower data.validation_fraction, or give more documents"
             raise InputError(message, where=f"data.train.{number}", remedy=remedy)
+    fingerprint = {"data.train": hash_settings([half.key for half in halves])}
     if data.validation is not None:
-        validation = [tokenised(source, tokenizer, 0.0, cache_dir).train for source in data.validation]
+        of_validation = [tokenised(source, tokenizer, 0.0, cache_dir) for source in data.validation]
+        validation = [half.train for half in of_validation]
+        fingerprint["data.validation"] = hash_settings([half.key for half in of_validation])
     else:
         validation = _validation_halves(halves, held_out)
 
@@ -158,7 +177,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache_dir: 
         train=[rows(half.train) for half in halves],
         validation=[rows(corpus) for corpus in validation],
         weights=[source.weight for source in data.train if source.weight is not None] or None,
-        fingerprint=hash_settings([half.key for half in halves]),
+        fingerprint=fingerprint,
     )
 
 

@@ -11,19 +11,21 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from llmtrain.data.hashing import hash_file
-from llmtrain.errors import TrainingError
+from llmtrain.data.hashing import hash_file, hash_settings
+from llmtrain.errors import InputError, TrainingError
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+OWN_HASH = "manifest_blake2b"  # of all the rest of it
+SMALL_BYTES = 1 << 24  # a file that costs nothing to hash at each start
 ASIDE = ".partial-"
 SECONDS_BEFORE_SAYING_SO = 2.0
 
@@ -38,44 +40,70 @@ def build_once(path: Path, what: str, build: Build) -> dict[str, Any]:
         what: names it in messages.
         build: writes files (no subdirectories) into the empty directory that it is given, and
             returns JSON values to remember.
+
+    Raises:
+        InputError: another user's cache, which this one may not read or write.
     """
-    about = read_about(path)
-    if about is not None:
-        return about
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _acquired(_lock_of(path), what):
-        about = read_about(path)  # another process may have built it meanwhile
+    with permission_told():
+        about = read_about(path)
         if about is not None:
             return about
-        _remove_leftovers(path)
-        return _build(path, what, build)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _acquired(_lock_of(path), what):
+            about, damage = _read(path)  # another process may have built it meanwhile
+            if about is not None:
+                return about
+            if damage is not None:
+                log.warning("%s; the %s will be built again", damage, what)
+            _remove_leftovers(path)
+            return _build(path, what, build)
+
+
+@contextmanager
+def permission_told() -> Iterator[None]:
+    """Raises InputError for what of the cache this user may not read or write."""
+    try:
+        yield
+    except PermissionError as error:
+        raise InputError(
+            f"the cache holds what is not yours to use: {error.filename}: {error.strerror}",
+            where="data.cache_dir",
+            remedy="let its owner share it (chmod -R g+rwX), or set data.cache_dir to a directory of your own",
+        ) from None
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
     """What the builder said, or None unless the directory is whole: all files, as they were written.
 
-    A file is hashed again only if it changed after the manifest, which was written last: a corpus of
-    terabytes is not read at each start.
+    A big file is hashed again only if it changed after the manifest, which was written last: a corpus
+    of terabytes is not read at each start.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """(what the builder said, None), or (None, what is damaged; None where nothing was built)."""
+    file = path / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-        written = (path / MANIFEST).stat().st_mtime_ns
+        manifest = json.loads(file.read_bytes())
+        written = file.stat().st_mtime_ns
     except FileNotFoundError:
-        return None
-    except ValueError:
-        log.warning("%s is no manifest; it will be built again", path / MANIFEST)
-        return None
+        return None, None
+    except (ValueError, RecursionError, IsADirectoryError):
+        return None, f"{file} is no manifest"
+    if not isinstance(manifest, dict) or manifest.pop(OWN_HASH, None) != hash_settings(manifest):
+        return None, f"{file} is no manifest, or was changed since it was written"
     for name, entry in manifest["files"].items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
+        if size is None:
+            return None, f"{file} is missing"
         if size != entry["bytes"]:
-            log.warning("%s has %s bytes where %d were written; it will be built again", file, size, entry["bytes"])
-            return None
-        if file.stat().st_mtime_ns > written and hash_file(file) != entry["blake2b"]:
-            log.warning("%s was changed since it was written; it will be built again", file)
-            return None
-    about: dict[str, Any] = manifest["about"]
-    return about
+            return None, f"{file} has {size} bytes where {entry['bytes']} were written"
+        doubtful = size <= SMALL_BYTES or file.stat().st_mtime_ns > written
+        if doubtful and hash_file(file) != entry["blake2b"]:
+            return None, f"{file} was changed since it was written"
+    return manifest["about"], None
 
 
 def _build(path: Path, what: str, build: Build) -> dict[str, Any]:
@@ -86,7 +114,8 @@ def _build(path: Path, what: str, build: Build) -> dict[str, Any]:
         files = sorted(file for file in aside.iterdir())
         entries = {file.name: {"bytes": file.stat().st_size, "blake2b": hash_file(file)} for file in files}
         manifest = aside / MANIFEST
-        manifest.write_text(json.dumps({"about": about, "files": entries}, indent=1))
+        content = {"about": about, "files": entries}
+        manifest.write_text(json.dumps({**content, OWN_HASH: hash_settings(content)}, indent=1))
         for file in [*files, manifest, aside]:
             _sync(file)
         if path.exists():  # it is not whole, or nobody would build

@@ -23,7 +23,7 @@ from llmtrain.data.fingerprint import fingerprint
 from llmtrain.data.hashing import hash_settings, uniform
 from llmtrain.data.progress import ByteProgress
 from llmtrain.data.sources import describe, num_bytes, read_documents
-from llmtrain.data.tokenizer import document_frame, encode_documents, hash_tokenizer
+from llmtrain.data.tokenizer import document_frame, encode_documents, hash_tokenizer, num_ids
 from llmtrain.errors import InputError
 from llmtrain.recipe.schema import Source
 
@@ -138,7 +138,7 @@ def _write(
     source: Source, tokenizer: PreTrainedTokenizerBase, validation_fraction: float, directory: Path
 ) -> dict[str, Any]:
     """Tokenises in one pass into both halves; returns what the manifest shall say."""
-    dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+    dtype = np.dtype("<u2" if num_ids(tokenizer) <= 2**16 else "<u4")
     before, after = document_frame(tokenizer)
     num_empty = 0
     what = f"tokenising {describe(source)}"

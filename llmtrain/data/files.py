@@ -6,39 +6,52 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from llmtrain.errors import InputError
 
 GLOB_CHARACTERS = frozenset("*?[")
-
+ENDINGS = {"text": "txt", "jsonl": "jsonl", "parquet": "parquet"}  # by kind of source, to suggest
 
 # How files of gzip, zstd, xz, bzip2 and zip begin.
 COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh", b"PK\x03\x04")
 
 
-def expand(patterns: Sequence[str]) -> list[Path]:
-    """The files that the paths and globs name, each once, sorted.
+def expand(patterns: Sequence[str], kind: Literal["text", "jsonl", "parquet"]) -> list[Path]:
+    """The files that the paths and globs of a source of that kind name, each once, sorted.
 
     Raises:
         InputError: a pattern that names no file.
     """
-    return sorted({path for pattern in patterns for path in _expand_one(pattern)})
+    return sorted({path for pattern in patterns for path in _expand_one(pattern, ENDINGS[kind])})
 
 
-def _expand_one(pattern: str) -> list[Path]:
+def _expand_one(pattern: str, ending: str) -> list[Path]:
     path = Path(os.path.expanduser(pattern))
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    if path.is_dir():
-        raise InputError("is a directory", where=pattern, remedy=f"name its files, for example {path / '**' / '*.txt'}")
+    if os.path.isdir(path):
+        files = path / "**" / f"*.{ending}"
+        raise InputError("is a directory", where=pattern, remedy=f"name its files, for example {files}")
     if GLOB_CHARACTERS.isdisjoint(pattern):
-        raise InputError(f"no such file (looked in {Path.cwd()})", where=pattern, remedy="correct the path")
+        message = f"{why_missing(path, 'file')} (looked in {Path.cwd()})"
+        raise InputError(message, where=pattern, remedy="correct the path")
     found = [Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)]
     if not found:
         remedy = "correct the pattern; names that begin with a dot are matched only by a pattern that has the dot"
         raise InputError(f"matches no file (looked in {Path.cwd()})", where=pattern, remedy=remedy)
     return found
+
+
+def why_missing(path: Path, what: Literal["file", "directory"]) -> str:
+    """Why `path` was not found as what it should be; os.path tells only that it was not."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return f"no such {what}"
+    except OSError as error:  # no permission to look, a name too long, a file in place of a directory
+        return str(error.strerror)
+    return f"is no {what}"
 
 
 def open_binary(path: Path) -> BinaryIO:

@@ -5,6 +5,7 @@ remembered in the cache directory by (real path, size, modification time, inode)
 """
 
 import json
+import logging
 import os
 import sys
 import time
@@ -12,16 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
 
 from llmtrain.data import huggingface, python_tree
+from llmtrain.data.built import permission_told
 from llmtrain.data.files import expand
 from llmtrain.data.hashing import hash_file, hash_settings
 from llmtrain.errors import InputError
 from llmtrain.recipe.schema import HuggingFaceSource, JSONLSource, ParquetSource, PythonSource, Source, TextSource
 
+log = logging.getLogger(__name__)
+
 # A file written within the clock's resolution of its hashing could change again without its
 # modification time changing (git's "racy" index entries); its hash is not remembered.
 SETTLED_NANOSECONDS = 2_000_000_000
+# By real path: size, modification time and inode, and the hash of the content.
+_MEMO = TypeAdapter(dict[str, tuple[list[int], str]])
 
 
 def fingerprint(source: Source, cache_dir: Path) -> str:
@@ -47,7 +54,7 @@ def _files(source: Source) -> list[Path] | None:
     """The files behind a source in reading order, or None for a hub dataset."""
     match source:
         case TextSource() | JSONLSource() | ParquetSource():
-            return expand(source.paths)
+            return expand(source.paths, source.kind)
         case PythonSource():
             return python_tree.files(source)
         case HuggingFaceSource():
@@ -67,15 +74,15 @@ def _visible_files(directory: Path) -> list[Path]:
 def _hashes(files: list[Path], memo: Path) -> list[str]:
     """Content hashes in order. One process hashes while others wait for what it remembers."""
     memo.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{memo}.lock"):
+    with permission_told(), FileLock(f"{memo}.lock"):
         known = _read_memo(memo)
-        fresh: dict[str, list[Any]] = {}
+        fresh: dict[str, tuple[list[int], str]] = {}
         hashes = []
         for path in files:
             key, state = _state(path)
             entry = known.get(key)
             if entry is None or entry[0] != state:
-                entry = [state, hash_file(path)]
+                entry = (state, hash_file(path))
             hashes.append(entry[1])
             if time.time_ns() - state[1] > SETTLED_NANOSECONDS and _state(path)[1] == state:
                 fresh[key] = entry
@@ -94,9 +101,11 @@ def _state(path: Path) -> tuple[str, list[int]]:
     return os.path.realpath(path), [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
-def _read_memo(memo: Path) -> dict[str, list[Any]]:
+def _read_memo(memo: Path) -> dict[str, tuple[list[int], str]]:
     try:
-        known: dict[str, list[Any]] = json.loads(memo.read_text())
-    except (FileNotFoundError, ValueError):  # never written, or damaged: everything is hashed anew
+        return _MEMO.validate_json(memo.read_bytes(), strict=True)
+    except FileNotFoundError:
         return {}
-    return known
+    except ValidationError:
+        log.warning("%s is damaged; the files are hashed again", memo)
+        return {}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtrain.data.columns import check_string_column, missing_field
+from llmtrain.data.files import why_missing
 from llmtrain.errors import InputError, nearest
 from llmtrain.recipe.schema import HuggingFaceSource
 
@@ -21,13 +22,14 @@ ROWS_IN_A_BATCH = 256
 def local_directory(source: HuggingFaceSource) -> Path | None:
     """The directory that the source names, or None for a hub name."""
     path = Path(os.path.expanduser(source.path))
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         remedy = "name its directory, or use a text, jsonl or parquet source"
         raise InputError("is a file, not a directory or hub name", where=source.path, remedy=remedy)
     if path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
-        raise InputError("no such directory, and no hub name", where=source.path, remedy="correct the path")
+        message = f"{why_missing(path, 'directory')}, and no hub name"
+        raise InputError(message, where=source.path, remedy="correct the path")
     return None
 
 

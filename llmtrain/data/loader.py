@@ -1,5 +1,6 @@
 """From the data order to micro-batches: each rank reads its share of the global batch."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,15 +48,24 @@ def evaluation_batches(
 ) -> list[MicroBatch]:
     """This rank's share of at most `max_sequences` held-out rows, evenly spread and always the same.
 
-    No row comes twice. Ranks may have different numbers of micro-batches, and none at all; the last
-    one may be smaller.
+    No row counts twice, and all ranks have equally many micro-batches, since sharding engines meet in
+    each forward: a rank with fewer rows fills up with some of no weight. The last may be smaller.
     """
     order = ShuffledOrder([len(source) for source in rows], EVALUATION_SEED)
     num = min(max_sequences, sum(len(source) for source in rows))
     if num == 0:
         return []
     sources, indices = order.rows_at(np.arange(num)[rank::world_size])
-    return _cut(rows, sources, indices, micro_sequences)
+    batches = _cut(rows, sources, indices, micro_sequences)
+    most = math.ceil(math.ceil(num / world_size) / micro_sequences)  # rank 0 has the most rows
+    return batches + [_without_weight(rows, *order.rows_at(np.arange(1)))] * (most - len(batches))
+
+
+def _without_weight(rows: Sequence[Rows], sources: np.ndarray, indices: np.ndarray) -> MicroBatch:
+    """A micro-batch of a row of which nothing counts."""
+    (batch,) = _cut(rows, sources, indices, 1)
+    nothing = torch.full_like(batch.tensors["targets"], IGNORE_INDEX)
+    return MicroBatch({**batch.tensors, "targets": nothing}, {POLICY: 0.0}, 0)
 
 
 def _cut(rows: Sequence[Rows], sources: np.ndarray, indices: np.ndarray, micro_sequences: int) -> list[MicroBatch]:

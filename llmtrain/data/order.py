@@ -120,7 +120,9 @@ def cycle_counts(weights: Sequence[float]) -> list[int]:
 
     A cycle has 1000 rows, or as many more as give the smallest source ten.
     """
-    shares = np.asarray(weights, np.float64) / math.fsum(weights)
+    heaviest = max(weights)
+    ratios = [weight / heaviest for weight in weights]  # the sum of the weights themselves may be infinite
+    shares = np.asarray(ratios, np.float64) / math.fsum(ratios)
     size = max(ROWS_IN_A_CYCLE, math.ceil(LEAST_ROWS_OF_A_SOURCE / shares.min()))
     counts = np.floor(shares * size).astype(np.int64)
     by_remainder = np.argsort(counts - shares * size, kind="stable")

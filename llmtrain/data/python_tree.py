@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from llmtrain.data.files import why_missing
 from llmtrain.errors import InputError
 from llmtrain.recipe.schema import PythonSource
 
@@ -27,9 +28,9 @@ def files(source: PythonSource) -> list[Path]:
         InputError: no such directory, or no .py file in it.
     """
     root = Path(sysconfig.get_path("stdlib")) if source.path == STDLIB else Path(os.path.expanduser(source.path))
-    if not root.is_dir():
-        message = "is no directory" if root.exists() else "no such directory"
-        raise InputError(message, where=source.path, remedy=f"name a directory of Python files, or {STDLIB}")
+    if not os.path.isdir(root):
+        remedy = f"name a directory of Python files, or {STDLIB}"
+        raise InputError(why_missing(root, "directory"), where=source.path, remedy=remedy)
     left_out = NOT_STDLIB_TEXT if source.path == STDLIB else frozenset()
     found = []
     for directory, below, names in os.walk(root):

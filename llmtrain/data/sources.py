@@ -60,9 +60,9 @@ def num_bytes(source: Source) -> int | None:
     """About how many bytes of text there are, for progress; None where only reading would tell."""
     match source:
         case TextSource() | JSONLSource():
-            return sum(path.stat().st_size for path in expand(source.paths))
+            return sum(path.stat().st_size for path in expand(source.paths, source.kind))
         case ParquetSource():
-            return sum(_column_bytes(path, source.field) for path in expand(source.paths))
+            return sum(_column_bytes(path, source.field) for path in expand(source.paths, source.kind))
         case PythonSource():
             paths = python_tree.files(source)
             return sum(path.stat().st_size for path in paths) if source.content == "source" else None
@@ -71,7 +71,7 @@ def num_bytes(source: Source) -> int | None:
 
 
 def _read_text(source: TextSource) -> Iterator[str]:
-    for path in expand(source.paths):
+    for path in expand(source.paths, source.kind):
         if source.document == "file":
             yield read_text(path)
         elif source.document == "line":
@@ -92,9 +92,9 @@ def _paragraphs(path: Path) -> Iterator[str]:
 
 
 def _read_jsonl(source: JSONLSource) -> Iterator[str]:
-    for path in expand(source.paths):
+    for path in expand(source.paths, source.kind):
         for number, line in read_lines(path):
-            if not line.isspace():
+            if line.strip():  # a file that is a byte-order mark and no more has a line without an end
                 yield _field_of_line(line, source.field, f"{path}:{number}")
 
 
@@ -135,7 +135,8 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"cannot be read as Parquet: {error}", where=str(path)) from None
+        remedy = "name Parquet files, or give the source another kind (text, jsonl)"
+        raise InputError(f"cannot be read as Parquet: {error}", where=str(path), remedy=remedy) from None
 
 
 def _column_bytes(path: Path, field: str) -> int:
@@ -147,7 +148,7 @@ def _column_bytes(path: Path, field: str) -> int:
 
 
 def _read_parquet(source: ParquetSource) -> Iterator[str]:
-    for path in expand(source.paths):
+    for path in expand(source.paths, source.kind):
         with _open_parquet(path) as file:
             schema = file.schema_arrow
             if source.field not in schema.names:

@@ -1,7 +1,7 @@
 """Tokenizers: trained by sentencepiece or loaded, always used as Hugging Face fast tokenizers."""
 
 import json
-import struct
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmtrain.data.byte_pieces import byte_of_piece
+from llmtrain.data.files import why_missing
 from llmtrain.data.hashing import hash_settings
 from llmtrain.errors import InputError
 
@@ -27,8 +28,9 @@ def load_tokenizer(path: str, revision: str | None = None, gguf_file: str | None
     """
     expanded = str(Path(path).expanduser())
     local = Path(expanded)
-    if not local.is_dir() and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
-        raise InputError("no such directory, and no hub name", where=path, remedy="correct the path")
+    if not os.path.isdir(local) and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
+        message = f"{why_missing(local, 'directory')}, and no hub name"
+        raise InputError(message, where=path, remedy="correct the path")
     gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -37,11 +39,12 @@ def load_tokenizer(path: str, revision: str | None = None, gguf_file: str | None
     except ImportError as error:
         remedy = "install it; for GGUF files: python -m pip install 'llmtrain[gguf]'"
         raise InputError(f"needs a package that is not installed: {error}", where=path, remedy=remedy) from error
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except Exception as error:
         raise InputError(
             f"holds no tokenizer that can be loaded: {error}",
             where=path,
-            remedy="name a directory with tokenizer.json; without a network, a local one",
+            remedy="name a directory with a whole tokenizer.json that these versions of transformers and tokenizers "
+            "read; without a network, a local one",
         ) from error
     return checked(tokenizer, path)
 
@@ -89,6 +92,12 @@ def document_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     return ([bos] if isinstance(bos, int) and bos != eos else []), [eos]
 
 
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs for it: one more than the largest id, which may leave gaps below it."""
+    largest: int = max(tokenizer.get_vocab().values())
+    return max(len(tokenizer), 1 + largest)
+
+
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """What fills up rows: the padding token, or EOS; it is never a target."""
     token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -97,7 +106,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """UTF-8 bytes of text that each id stands for: int32 [len(tokenizer)], 0 for special tokens.
+    """UTF-8 bytes of text that each id stands for: int32 [num_ids(tokenizer)], 0 for special tokens.
 
     They add up to the bytes of any text that the tokenizer neither normalises nor marks at its
     start (a leading metaspace counts as the space that it is decoded to elsewhere).
@@ -106,7 +115,7 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     kinds = _decoder_kinds(backend["decoder"])
     added = {entry["id"]: entry for entry in backend["added_tokens"]}
     vocabulary = tokenizer.get_vocab()
-    lengths = np.zeros(max(len(tokenizer), 1 + max(vocabulary.values())), dtype=np.int32)
+    lengths = np.zeros(num_ids(tokenizer), dtype=np.int32)
     special = set(tokenizer.all_special_ids)
     for piece, index in vocabulary.items():
         if index in special or (index in added and added[index]["special"]):

@@ -72,9 +72,15 @@ def train_sentencepiece(documents: Iterable[str], spec: SentencePieceTokenizer, 
 def _check_special_tokens(tokens: list[str]) -> None:
     where, taken = "tokenizer.special_tokens", {*BASE_TOKENS, *BYTE_PIECES}
     for token in tokens:
-        if not token or any(character.isspace() or character == WORD_BOUNDARY for character in token):
-            message = f"{token!r} is empty or has a space in it"
-            raise InputError(message, where=where, remedy="use names such as <|user|>")
+        problem = None
+        if not token or any(character.isspace() for character in token):
+            problem = f"{token!r} is empty or has a space in it"
+        elif RESERVED.search(token):
+            problem = f"{token!r} has a character in it that sentencepiece keeps for itself"
+        elif len(token) == 1:
+            problem = f"{token!r} is a single character, which the vocabulary holds as text"
+        if problem is not None:
+            raise InputError(problem, where=where, remedy="use names such as <|user|>")
         if token in taken:
             raise InputError(f"{token!r} is there already", where=where, remedy="remove it")
         taken.add(token)
@@ -113,7 +119,7 @@ def _train(sample: list[str], spec: SentencePieceTokenizer) -> bytes:
             num_threads=NUM_THREADS,
             minloglevel=2,  # errors only; they come as exceptions too
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: a size beyond 32 bits
         reason = str(error).rpartition("] ")[2] or str(error)  # without the place in its source
         raise InputError(
             f"sentencepiece cannot make a vocabulary of {spec.vocab_size} from this text: {reason}",

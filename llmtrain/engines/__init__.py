@@ -1,47 +1,42 @@
 """Backends. A new one is a file here with a class that has `contracts.Engine`'s methods, a section
-in `recipe/schema.py`, and a line in `prepare`."""
+in `recipe/schema/engine.py`, and a line in each of the two functions here."""
 
-from llmtrain.contracts import Engine
+from llmtrain.contracts import Engine, FrozenModel
 from llmtrain.distributed import World
-from llmtrain.engines.replicated import ReplicatedEngine
-from llmtrain.errors import InputError
-from llmtrain.models.decoder import Decoder
-from llmtrain.recipe.schema import Recipe
-
-GPU_ATTENTION = ("flex_attention", "flash_attention_2")
+from llmtrain.models.blueprint import Blueprint
+from llmtrain.recipe.schema import DeepSpeedEngine, FSDPEngine, Recipe
 
 
-def check(recipe: Recipe, world: World) -> None:
-    """Raises InputError where the backend that the recipe asks for cannot run in this world.
-
-    Apart from `prepare`, so that it is said before hours of reading data.
-    """
-    if recipe.engine.kind == "single" and world.size > 1:
-        raise InputError(
-            f"engine single is for one process, and there are {world.size}",
-            where="engine.kind",
-            remedy="use ddp or auto, or start one process",
-        )
-    if recipe.engine.kind == "ddp" and world.size == 1:
-        raise InputError(
-            "engine ddp is for several processes, and there is one",
-            where="engine.kind",
-            remedy="start with torchrun --nproc-per-node N -m llmtrain train ..., or use single or auto",
-        )
-
-    if recipe.model.attention in GPU_ATTENTION and world.device.type == "cpu":
-        raise InputError(
-            f"{recipe.model.attention} has no backward on a CPU",
-            where="model.attention",
-            remedy="use auto, sdpa or eager here",
-        )
-
-
-def prepare(decoder: Decoder, recipe: Recipe, world: World) -> Engine:
-    """Puts the model on the backend that the recipe asks for.
+def prepare(blueprint: Blueprint, recipe: Recipe, world: World) -> Engine:
+    """Puts a model to train on the backend that the recipe asks for.
 
     Raises:
-        InputError: the backend cannot run in this world, or not this model.
+        InputError: the backend cannot run this model.
+        TrainingError: what runs is not what was asked for.
     """
-    check(recipe, world)
-    return ReplicatedEngine(decoder, recipe, world)
+    if isinstance(recipe.engine, FSDPEngine):
+        from llmtrain.engines import fsdp
+
+        return fsdp.FSDPEngine(blueprint, recipe, world)
+    if isinstance(recipe.engine, DeepSpeedEngine):
+        from llmtrain.engines import deepspeed
+
+        return deepspeed.DeepSpeedEngine(blueprint, recipe, world)
+    from llmtrain.engines.replicated import ReplicatedEngine
+
+    return ReplicatedEngine(blueprint, recipe, world)
+
+
+def prepare_frozen(blueprint: Blueprint, recipe: Recipe, world: World) -> FrozenModel:
+    """Puts a model that is only asked (reference, reward, teacher) on the recipe's backend."""
+    if isinstance(recipe.engine, FSDPEngine):
+        from llmtrain.engines import fsdp
+
+        return fsdp.FSDPFrozen(blueprint, recipe, world)
+    if isinstance(recipe.engine, DeepSpeedEngine):
+        from llmtrain.engines import deepspeed
+
+        return deepspeed.DeepSpeedFrozen(blueprint, recipe, world)
+    from llmtrain.engines.replicated import ReplicatedFrozen
+
+    return ReplicatedFrozen(blueprint, recipe, world)

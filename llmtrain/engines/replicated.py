@@ -1,23 +1,23 @@
 """Engines that hold the whole model on each rank: one process, and DistributedDataParallel."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llmtrain.contracts import StepResult
+from llmtrain.contracts import Shard, StepResult
 from llmtrain.distributed import World
 from llmtrain.engines.parts import (
     AveragedWeights,
     build_adamw,
-    flat_state,
     forward_precision,
-    load_flat_state,
     prepare_layers,
+    trained_state,
 )
+from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.decoder import Decoder
 from llmtrain.recipe.schema import Recipe
 
@@ -30,18 +30,19 @@ class ReplicatedEngine:
     With one process there is nothing to reduce, and the model runs as it is.
     """
 
-    def __init__(self, decoder: Decoder, recipe: Recipe, world: World):
+    def __init__(self, blueprint: Blueprint, recipe: Recipe, world: World):
         self.device = world.device
         self._world = world
         self._precision = recipe.precision
         self._clip_norm = recipe.optimizer.clip_norm
-        self._decoder = decoder.to(world.device)
-        self._decoder.train()
+        self._decoder = decoder = blueprint.decoder
+        blueprint.materialise(decoder, world.device)
+        decoder.train()
         prepare_layers(decoder, recipe.engine)
         self._optimizer = build_adamw(decoder, recipe.optimizer)
-        self._parameters = [p for p in decoder.parameters() if p.requires_grad]
-        named = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
-        self._averaged = None if recipe.ema is None else AveragedWeights(named, recipe.ema.decay)
+        trained = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+        self._parameters = list(trained.values())
+        self._averaged = None if recipe.ema is None else AveragedWeights(trained, recipe.ema.decay)
         self.model: nn.Module = decoder if world.size == 1 else self._wrapped(decoder)
         log.info("engine: %s", self.describe())
 
@@ -99,15 +100,38 @@ class ReplicatedEngine:
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The averaged weights where EMA is on, the trained ones otherwise."""
-        average_of = {} if self._averaged is None else self._averaged.by_parameter()
+        averages = {} if self._averaged is None else self._averaged.averages
+        # by identity and not by name: a tied head has a name of its own
+        average_of = {id(p): averages[name] for name, p in self._decoder.named_parameters() if name in averages}
         for name, tensor in self._decoder.state_dict(keep_vars=True).items():
-            # by identity and not by name: a tied head has a name of its own
             average = average_of.get(id(tensor))
             yield name, tensor.detach() if average is None else average.to(tensor.dtype)
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """All of it on rank 0, nothing on the others: every rank holds the same."""
-        return flat_state(self._decoder, self._optimizer, self._averaged) if self._world.is_main else {}
+    def state(self) -> dict[str, Shard]:
+        """Whole tensors; every rank holds the same."""
+        tensors = dict(trained_state(self._decoder, self._optimizer))
+        if self._averaged is not None:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self._averaged.averages.items()}
+            tensors["ema_updates"] = self._averaged.num_updates
+        rank, size = self._world.rank, self._world.size
+        return {name: Shard(tensor, 0, tuple(tensor.shape), rank, size) for name, tensor in tensors.items()}
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        load_flat_state(tensors, self._decoder, self._optimizer, self._averaged)
+    def state_loaded(self) -> None:
+        """Nothing is derived from the state here."""
+
+
+class ReplicatedFrozen:
+    """A frozen model, whole on every rank."""
+
+    def __init__(self, blueprint: Blueprint, recipe: Recipe, world: World):
+        self._device, self._precision = world.device, recipe.precision
+        blueprint.materialise(blueprint.decoder, world.device)
+        self.model: nn.Module = blueprint.decoder.eval().requires_grad_(False)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with torch.no_grad(), forward_precision(self._precision, self._device):
+            yield
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.state_dict().items()

@@ -36,7 +36,7 @@ class Decoder(nn.Module):
         hf.config.use_cache = False
         self._takes_positions = "position_ids" in inspect.signature(hf.base_model.forward).parameters
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None, head: HeadFunction[T]) -> T:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None, head: HeadFunction[T] | None) -> T | Tensor:
         """Applies `head` to the hidden states.
 
         Args:
@@ -44,8 +44,12 @@ class Decoder(nn.Module):
             position_ids: [B, T]; wherever they do not rise by one, a new document begins, and
                 attention does not look behind it. None is one document a row. Ignored by
                 architectures without positions (see `check_document_isolation`).
-            head: called with hidden states [B, T, D] and the head's module.
+            head: called with hidden states [B, T, D] and the head's module. None gives the logits
+                that transformers' own forward makes of one document a row: for checks.
         """
+        if head is None:
+            logits: Tensor = self.hf(input_ids=input_ids, use_cache=False).logits
+            return logits
         # No attention mask: with one given, transformers no longer looks at the restarts. Causal
         # attention never sees padding on the right.
         positions = {"position_ids": position_ids} if self._takes_positions else {}
@@ -55,11 +59,12 @@ class Decoder(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order: what is compiled, recomputed or sharded as a unit."""
         names = set(self.hf._no_split_modules or ())
-        layers = [module for module in self.hf.modules() if type(module).__name__ in names]
+        # Of a class or derived from it: a backend may have made the layer's class its own.
+        layers = [m for m in self.hf.modules() if any(kind.__name__ in names for kind in type(m).__mro__)]
         if not layers:
-            raise InputError(
-                f"transformers does not say what the layers of {type(self.hf).__name__} are", where="model"
-            )
+            kind = type(self.hf).__name__
+            unknown = f"transformers does not say what the layers of {kind} are"
+            raise InputError(f"{kind} of this config has no layers" if names else unknown, where="model")
         return layers
 
     def num_parameters(self) -> int:

@@ -1,9 +1,11 @@
 """Decoders of transformers: from a config, a directory or the hub, or a GGUF file; and export."""
 
+import copy
 import json
 import logging
+import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,19 +27,29 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
+from llmtrain.data.tokenizer import num_ids
 from llmtrain.errors import InputError, nearest
-from llmtrain.models.decoder import config_field
-from llmtrain.recipe.schema import ModelFromConfig, ModelFromGGUF, ModelFromPretrained, Recipe
+from llmtrain.models.blueprint import Blueprint
+from llmtrain.models.decoder import Decoder, config_field
+from llmtrain.models.weights import find_weights, is_converted
+from llmtrain.recipe.schema import Model, ModelFromConfig, ModelFromGGUF, ModelFromPretrained, Recipe
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # of transformers' own loading and writing: it would tear our progress
 
-MODEL_DTYPE = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.bfloat16}
+# Of the weights that are trained; the mixed precisions keep them in float32 and compute in another.
+MODEL_DTYPE = {
+    "fp32": torch.float32,
+    "bf16_autocast": torch.float32,
+    "bf16_mixed": torch.float32,
+    "fp16_mixed": torch.float32,
+    "bf16": torch.bfloat16,
+}
 # Fields of every config that keys of the recipe set, and that would be overruled in silence.
 SET_ELSEWHERE = {"model_type": "model.architecture", "dtype": "precision"}
 LOADABLE = "name a directory with config.json and *.safetensors, a .gguf file, or, with a network, a hub model"
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
-# What it raises for a config or for files that are wrong.
+# What it raises for a config or for files that are wrong; it looks at few of the values that it takes.
 TRANSFORMERS_ERRORS = (
     OSError,
     ValueError,
@@ -44,38 +57,75 @@ TRANSFORMERS_ERRORS = (
     ImportError,
     ZeroDivisionError,
     struct.error,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    AssertionError,  # of torch's modules, for sizes
     StrictDataclassError,
     SafetensorError,
 )
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def open_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Blueprint:
     """The recipe's model, with random weights by the recipe's seed or with its pretrained ones.
+
+    The weights come when the engine asks for them; what the recipe has wrong is said now.
 
     Raises:
         InputError: unknown architecture or config field, weights that are not there or do not fit,
             vocabulary smaller than the tokenizer's, rows longer than the model's positions.
     """
-    spec, dtype = recipe.model, MODEL_DTYPE[recipe.precision]
-    torch.manual_seed(recipe.seed)
+    return open_other_model(recipe.model, recipe, tokenizer)
+
+
+def open_other_model(spec: Model, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Blueprint:
+    """As `open_model`, another model than the recipe's: a critic, a reference, a teacher."""
+    dtype = MODEL_DTYPE[recipe.precision]
     if isinstance(spec, ModelFromConfig):
         config = _config_from_fields(spec, tokenizer, recipe.sequence_length)
         _check_fit(config, tokenizer, recipe.sequence_length)
-        with _as_input_error("model"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(spec.attention))
+        blueprint = _random(config, dtype, recipe.seed, spec.attention)
     elif isinstance(spec, ModelFromPretrained):
-        model = _from_pretrained(spec, dtype, recipe, tokenizer)
+        blueprint = _pretrained(spec, dtype, recipe, tokenizer)
     else:
         model = _from_gguf(spec, dtype)
         _check_fit(model.config, tokenizer, recipe.sequence_length)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows < len(tokenizer):
+        blueprint = Blueprint(Decoder(model))
+    rows = blueprint.decoder.hf.get_input_embeddings().weight.shape[0]
+    if rows < num_ids(tokenizer):
         raise InputError(
-            f"the model's embedding has {rows} rows and the tokenizer {len(tokenizer)} tokens",
+            f"the model's embedding has {rows} rows and the tokenizer {num_ids(tokenizer)} ids",
             where="tokenizer",
             remedy="use the tokenizer that lies beside the model (tokenizer: {kind: model})",
         )
-    return model
+    return blueprint
+
+
+def _random(config: PreTrainedConfig, dtype: torch.dtype, seed: int, attention: str) -> Blueprint:
+    def build() -> PreTrainedModel:
+        with _as_input_error("model", "correct model.config, or model.attention"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(attention))
+
+    empty = _on_meta(build)
+    if isinstance(empty, str):
+        obstacle: str | None = empty
+    else:
+        blueprint = Blueprint(Decoder(empty), seed)
+        obstacle = blueprint.obstacle()
+        if obstacle is None:
+            return blueprint
+    log.info("each rank builds the whole model before it is sharded: %s", obstacle)
+    torch.manual_seed(seed)
+    return Blueprint(Decoder(build()))
+
+
+def _on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel | str:
+    """The model without storage, or why there can be none."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except RuntimeError as error:
+        return f"its constructor wants values: {error}"
 
 
 def _attention(kernel: str) -> dict[str, str]:
@@ -107,7 +157,7 @@ def _config_from_fields(
         if name in fields:
             raise InputError(f"it is another name of {name}, which is given too", where=f"model.config.{key}")
         fields[name] = value
-    fields.setdefault("vocab_size", len(tokenizer))
+    fields.setdefault("vocab_size", num_ids(tokenizer))
     if "max_position_embeddings" in known:
         name = template.attribute_map.get("max_position_embeddings", "max_position_embeddings")
         fields.setdefault(name, sequence_length)
@@ -118,9 +168,9 @@ def _config_from_fields(
         return AutoConfig.for_model(spec.architecture, **fields)
 
 
-def _from_pretrained(
+def _pretrained(
     spec: ModelFromPretrained, dtype: torch.dtype, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
+) -> Blueprint:
     path = str(Path(spec.path).expanduser())
     source = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     with _as_input_error("model.path", LOADABLE):
@@ -128,7 +178,51 @@ def _from_pretrained(
     if spec.rope_parameters is not None:
         _stretch_rope(config, spec.rope_parameters)
     _check_fit(config, tokenizer, recipe.sequence_length)
-    return load_weights(path, "model.path", config=config, dtype=dtype, **source, **_attention(spec.attention))
+    blueprint = _from_files(path, spec, config, dtype)
+    if isinstance(blueprint, Blueprint):
+        return blueprint
+    log.info("each rank loads the whole model before it is sharded: %s", blueprint)
+    model = load_weights(path, "model.path", config=config, dtype=dtype, **source, **_attention(spec.attention))
+    return Blueprint(Decoder(model))
+
+
+def _from_files(path: str, spec: ModelFromPretrained, config: PreTrainedConfig, dtype: torch.dtype) -> Blueprint | str:
+    """A model whose files hold its weights as they are, or why it takes transformers to load it."""
+    if spec.trust_remote_code:
+        return "it may bring code of its own"
+    if config.to_dict().get("quantization_config") is not None:
+        return "its weights are quantised"
+
+    def build() -> PreTrainedModel:
+        with _as_input_error("model.path", LOADABLE):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **_attention(spec.attention))
+
+    model = _on_meta(build)
+    if isinstance(model, str):
+        return model
+    if is_converted(model, dtype):
+        return f"transformers converts the weights of {type(model).__name__}"
+    files = find_weights(path, spec.revision)
+    if files is None:
+        return "its safetensors could not be opened"
+    if (difference := files.difference(model)) is not None:
+        return difference
+    with _as_input_error("model.path", LOADABLE):
+        model.generation_config = _generation_config(path, spec.revision)
+    model.name_or_path = model.config.name_or_path = path
+    model._weight_conversions = []  # so that it is saved under the names that it was read by
+    blueprint = Blueprint(Decoder(model), files=files)
+    return blueprint.obstacle() or blueprint
+
+
+def _generation_config(path: str, revision: str | None) -> GenerationConfig:
+    """The model's file, or what its config says of generation; as from_pretrained does."""
+    try:
+        return GenerationConfig.from_pretrained(path, revision=revision)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            path, config_file_name="config.json", _from_model_config=True, revision=revision
+        )
 
 
 def load_weights(path: str, where: str, **options: Any) -> PreTrainedModel:
@@ -164,7 +258,7 @@ def load_weights(path: str, where: str, **options: Any) -> PreTrainedModel:
 
 def _from_gguf(spec: ModelFromGGUF, dtype: torch.dtype) -> PreTrainedModel:
     file = Path(spec.file).expanduser()
-    if not file.is_file():
+    if not os.path.isfile(file):  # unlike Path.is_file it raises nothing for a name that is too long
         raise InputError(f"no such file: {spec.file}", where="model.file", remedy="correct the path")
     model = load_weights(str(file.parent), "model.file", gguf_file=file.name, dtype=dtype, local_files_only=True)
     # The weights are plain tensors now; a config that says otherwise could not be saved.
@@ -223,11 +317,11 @@ def _check_rope_type(parameters: Any, where: str) -> None:
 
 
 def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
-    if config.vocab_size < len(tokenizer):
+    if config.vocab_size < num_ids(tokenizer):
         raise InputError(
-            f"the model has {config.vocab_size} token ids and the tokenizer {len(tokenizer)}",
+            f"the model has {config.vocab_size} token ids and the tokenizer {num_ids(tokenizer)}",
             where="model.config.vocab_size",
-            remedy=f"set it to {len(tokenizer)} or more, leave it out, or use the model's own tokenizer",
+            remedy=f"set it to {num_ids(tokenizer)} or more, leave it out, or use the model's own tokenizer",
         )
     longest = config_field(config, "max_position_embeddings")
     if longest is not None and sequence_length > longest:
@@ -245,7 +339,9 @@ def _as_input_error(where: str, remedy: str | None = None) -> Iterator[None]:
         yield
     except TRANSFORMERS_ERRORS as error:
         lines = [line.strip() for line in str(error).strip().strip("'\"").splitlines() if line.strip()]
-        raise InputError(" ".join(lines[:3]), where=where, remedy=remedy) from error
+        # All that a KeyError says is the key: of a table of transformers, or of a file.
+        message = f"transformers knows or finds no {error}" if isinstance(error, KeyError) else " ".join(lines[:3])
+        raise InputError(message, where=where, remedy=remedy) from error
 
 
 @contextmanager

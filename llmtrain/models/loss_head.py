@@ -85,7 +85,8 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_w, grad_b = ctx.saved_tensors
-        scaled_h = None if grad_h is None else grad_h * grad_loss.to(grad_h.dtype)
+        # In float32: a factor rounded to bf16 would be the same error, up to 0.4 %, in every hidden gradient.
+        scaled_h = None if grad_h is None else (grad_h.float() * grad_loss).to(grad_h.dtype)
         scaled_w = None if grad_w is None else (grad_w * grad_loss).to(ctx.weight_dtype)
         scaled_b = None if grad_b is None else (grad_b * grad_loss).to(ctx.weight_dtype)
         return scaled_h, scaled_w, scaled_b, None

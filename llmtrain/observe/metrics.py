@@ -72,9 +72,9 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
-            if isinstance(record, dict) and "step" in record:
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record, line
             else:
                 log.warning("%s:%d is no whole record (a kill tears the last line); left out", path, number)

@@ -19,6 +19,8 @@ from llmtrain.recipe.problems import Problem, RecipeError
 from llmtrain.recipe.schema import Recipe
 from llmtrain.recipe.yaml_tree import Node
 
+_MAX_BYTES = 1_000_000  # PyYAML reads some 100 kB a second
+
 
 @dataclass(frozen=True)
 class LoadedRecipe:
@@ -107,12 +109,12 @@ def recipe_file(name: str) -> Path:
 def _resolve(name: str, relative_to: Path | None, place: str, problems: list[Problem]) -> Path | None:
     """The file that `name` means, or None with a problem."""
     file = relative_to / name if relative_to is not None else Path(name)
-    if file.is_file():
+    if os.path.isfile(file):  # unlike Path.is_file it is false, and raises nothing, for a name that is too long
         return file
     found = shipped.find_recipe(name)
     if found is not None:
         return found
-    if file.is_dir():
+    if os.path.isdir(file):
         problems.append(Problem(place, f"{file} is a directory, not a recipe file"))
     else:
         names = shipped.recipe_names()
@@ -154,9 +156,13 @@ def _read_chain(file: Path, files: list[Path], problems: list[Problem]) -> Node 
 def _read(file: Path, problems: list[Problem]) -> Node | None:
     """The mapping that `file` holds; None, with a problem, where it holds none."""
     try:
-        raw = file.read_bytes()
+        with file.open("rb") as opened:
+            raw = opened.read(_MAX_BYTES + 1)
     except OSError as error:
         problems.append(Problem(str(file), f"cannot be read: {error.strerror}"))
+        return None
+    if len(raw) > _MAX_BYTES:
+        problems.append(Problem(str(file), f"has more than {_MAX_BYTES:,} bytes; a recipe is a short YAML file"))
         return None
     try:
         text = raw.decode("utf-8-sig")

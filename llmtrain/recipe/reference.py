@@ -148,7 +148,8 @@ def _words(schema: dict[str, Any]) -> str:
     name = _TYPES[schema.get("type", "object")]
     if schema.get("type") == "array":
         name = f"list of {_words(schema['items'])}"
-    bounds = [f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema and abs(schema[key]) < 2**53]
+    # The largest bounds only catch slips of the pen.
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema and schema[key] < 10**12]
     return ", ".join([name, *bounds])
 
 

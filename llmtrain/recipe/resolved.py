@@ -17,7 +17,7 @@ from llmtrain.recipe.yaml_tree import dump
 # Keys that say how a run is carried out and watched, not what it computes: a run may be resumed
 # with other values here. Everything else makes it another run.
 EXECUTION_KEYS = frozenset(
-    {"description", "output_dir", "device", "engine", "evaluation", "samples", "checkpoint", "logging"}
+    {"description", "output_dir", "device", "engine", "evaluation", "samples", "checkpoint", "watchdog", "logging"}
 )
 EXECUTION_SUBKEYS = frozenset({"batch.micro_sequences", "data.cache_dir"})
 

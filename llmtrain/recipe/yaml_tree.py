@@ -2,6 +2,7 @@
 
 PyYAML reads YAML 1.1, where `1e-3` is text, `no` is false, `010` is eight and `1:30` is ninety. Here
 scalars follow the core schema of YAML 1.2; duplicate keys, tags and keys that are no text are problems.
+So is what no recipe needs and what would eat the stack or the memory: deep nesting, aliases of aliases.
 """
 
 import re
@@ -17,16 +18,36 @@ Path = tuple[str | int, ...]
 
 _NULL = re.compile(r"^(?:null|Null|NULL|~|)$")
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
-_INT = re.compile(r"^[-+]?[0-9]+$")
+_INT = re.compile(r"^[-+]?[0-9]{1,4000}$")  # Python reads no more digits; what has more is a float, and infinite
 _FLOAT = re.compile(
     r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 _CORE = "tag:yaml.org,2002:"
 _SCALARS = (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT))
+_MAX_DEPTH = 50
+_MAX_VALUES = 100_000  # those that an alias repeats counted each time
+
+
+class _TooMuch(yaml.MarkedYAMLError):
+    """Valid YAML, and no recipe."""
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 (as PyYAML declares it)
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.depth == _MAX_DEPTH:
+            event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise _too_deep(event.start_mark)
+        self.depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _too_deep(mark: Any) -> _TooMuch:
+    return _TooMuch(problem=f"nested more than {_MAX_DEPTH} deep", problem_mark=mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -95,6 +116,9 @@ def parse(text: str, place_at: Callable[[int], str], problems: list[Problem]) ->
     """
     try:
         root = yaml.compose(text, Loader=_Loader)
+        if root is None:
+            return Node(None, place_at(1))
+        return _Converter(place_at, problems).convert(root, place_at(root.start_mark.line + 1))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problems.append(Problem(place_at(mark.line + 1 if mark else 1), _syntax_message(error)))
@@ -103,9 +127,6 @@ def parse(text: str, place_at: Callable[[int], str], problems: list[Problem]) ->
         line = text.count("\n", 0, error.position) + 1
         problems.append(Problem(place_at(line), f"character {error.character!r} is not allowed in YAML"))
         return None
-    if root is None:
-        return Node(None, place_at(1))
-    return _Converter(place_at, problems).convert(root, place_at(root.start_mark.line + 1))
 
 
 def dump(value: Any) -> str:
@@ -115,6 +136,8 @@ def dump(value: Any) -> str:
 
 def _syntax_message(error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or error.context or "syntax error"
+    if isinstance(error, _TooMuch):
+        return problem
     if "'\\t'" in problem:
         return "not valid YAML: a tab; indent with spaces"
     if "alias" in f"{problem} {error.context}":
@@ -128,11 +151,18 @@ class _Converter:
     def __init__(self, place_at: Callable[[int], str], problems: list[Problem]):
         self.place_at, self.problems = place_at, problems
         self.active: set[int] = set()  # nodes that are being converted: an alias to one of them is a loop
+        self.num_values = 0
 
     def convert(self, node: yaml.Node, place: str) -> Node:
         if id(node) in self.active:
             self.problems.append(Problem(place, "an alias that contains itself"))
             return Node(None, place)
+        self.num_values += 1
+        if self.num_values > _MAX_VALUES:
+            message = f"more than {_MAX_VALUES:,} values, those that aliases (*) repeat counted each time"
+            raise _TooMuch(problem=message, problem_mark=node.start_mark)
+        if len(self.active) == _MAX_DEPTH:  # by aliases, or it would not have been composed
+            raise _too_deep(node.start_mark)
         self.active.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode) and node.tag == _CORE + "map":
@@ -161,8 +191,9 @@ class _Converter:
 
     def _scalar(self, node: yaml.Node) -> Any:
         text = node.value
+        place = self.place_at(node.start_mark.line + 1)
         if node.tag == _CORE + "str":
-            return text
+            return self._text(text, place)
         if node.tag == _CORE + "null" and _NULL.match(text):
             return None
         if node.tag == _CORE + "bool" and _BOOL.match(text):
@@ -171,6 +202,18 @@ class _Converter:
             return int(text)
         if node.tag == _CORE + "float" and _FLOAT.match(text):
             return float(re.sub(r"\.(?=[iInN])", "", text))
-        place = self.place_at(node.start_mark.line + 1)
         self.problems.append(Problem(place, f"YAML tag {node.tag} does not fit here; write the plain value"))
         return None
+
+    def _text(self, text: str, place: str) -> str:
+        """Text that UTF-8 and file names can hold."""
+        # JSON escapes a character beyond U+FFFF as two surrogates, which PyYAML does not join.
+        units = text.encode("utf-16", "surrogatepass")
+        try:
+            text = units.decode("utf-16")
+        except UnicodeDecodeError:
+            self.problems.append(Problem(place, "half of a surrogate pair in a text; write both halves, or neither"))
+            text = units.decode("utf-16", "replace")
+        if "\0" in text:
+            self.problems.append(Problem(place, "a NUL character in a text; remove it"))
+        return text

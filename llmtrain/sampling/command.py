@@ -1,6 +1,7 @@
 """`llmtrain generate`: texts from a run or from a model directory, through transformers' generate."""
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -38,6 +39,8 @@ def generate(
     Raises:
         InputError: no model there, or a prompt that does not fit it.
     """
+    for prompt in prompts:
+        _check_is_text(prompt)
     where = _model_directory(model)
     console = Console(highlight=False)
     chosen = choose_device(device, local_rank=0)
@@ -53,9 +56,21 @@ def generate(
     return 0
 
 
+def _check_is_text(prompt: str) -> None:
+    """Raises InputError for bytes on the command line that are not UTF-8: Python makes surrogates of them."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the prompt is not UTF-8 at character {error.start}: {prompt[error.start : error.start + 20]!r}",
+            where="--prompt",
+            remedy="give it in UTF-8; the terminal or a script may use another encoding",
+        ) from None
+
+
 def _model_directory(model: str) -> str:
     path = Path(model)
-    if not path.exists():
+    if not os.path.exists(path):
         if path.is_absolute() or model.startswith(".") or model.count("/") != 1 or path.parent.is_dir():
             raise InputError(f"no such directory: {model}", remedy="give a run directory or a model directory")
         return model  # a hub name

@@ -4,10 +4,15 @@ import argparse
 import json
 import sys
 
-from tests.bench import pretrain
+from tests.bench import checkpoint, communication, loop, pretrain
 from tests.bench.harness import PeerMissing
 
-BENCHES = {"pretrain": pretrain.bench}
+BENCHES = {
+    "pretrain": pretrain.bench,
+    "loop": loop.bench,
+    "checkpoint": checkpoint.bench,
+    "communication": communication.bench,
+}
 
 
 def main() -> int:

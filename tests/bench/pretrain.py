@@ -96,13 +96,13 @@ def write_inputs(work: Path, loaded: LoadedRecipe, steps: int) -> None:
     """Model config, tokenizer and the very rows of our first steps, for the peer to read."""
     from llmtrain.data.build import cache_directory, prepare_data, prepare_tokenizer
     from llmtrain.data.loader import Loader
-    from llmtrain.models.hub import build_model
+    from llmtrain.models.hub import open_model
 
     recipe = loaded.recipe
     cache = cache_directory(recipe.data.cache_dir)
     tokenizer = prepare_tokenizer(recipe, cache)
     datasets = prepare_data(recipe, tokenizer, cache)
-    build_model(recipe, tokenizer).config.save_pretrained(work / "model")
+    open_model(recipe, tokenizer).decoder.hf.config.save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
     loader = Loader(datasets.train, datasets.order(recipe.seed), ROWS_PER_STEP, ROWS_PER_STEP, rank=0, world_size=1)
     batches = [loader.micro_batches(step)[0].tensors for step in range(steps)]
@@ -113,4 +113,5 @@ def write_inputs(work: Path, loaded: LoadedRecipe, steps: int) -> None:
         starts = np.flatnonzero(position == 0)
         segments = np.diff([*starts, len(position)])
         lengths[row, : len(segments)] = segments
-    np.savez(work / "rows.npz", input_ids=ids, segment_lengths=lengths)
+    targets = torch.cat([batch["targets"] for batch in batches]).numpy()
+    np.savez(work / "rows.npz", input_ids=ids, segment_lengths=lengths, position_ids=positions, targets=targets)

@@ -4,6 +4,7 @@ usage: python -m tests.bench.pretrain_ours RECIPE WARMUP [key=value ...]
 """
 
 import contextlib
+import itertools
 import json
 import statistics
 import sys
@@ -36,6 +37,9 @@ def main(recipe: str, warmup: int, overrides: list[str]) -> None:
             {
                 "tokens_per_second": tokens / (last["time"] - first["time"]),
                 "peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),
+                "step_seconds": statistics.median(
+                    after["time"] - before["time"] for before, after in itertools.pairwise(records[:-1])
+                ),
                 "mfu": statistics.median(record["mfu"] for record in records[1:-1]),
             }
         )

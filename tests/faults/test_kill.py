@@ -10,6 +10,7 @@ import time
 import pytest
 
 from llmtrain.observe.metrics import read_metrics
+from tests.ranks import wait_until_trained
 from tests.runs import assert_same, final_weights, start, train_apart, training_state, write_recipe
 
 SETTINGS = {"steps": 40, "checkpoint": {"every": 2, "keep": 2}, "evaluation": {"every": 10, "max_sequences": 16}}
@@ -50,30 +51,49 @@ def test_killed_at_random_moments_and_run_again_it_ends_the_same(undisturbed, se
     assert_undisturbed(run, undisturbed)
 
 
+KILLS = 15  # of each: 30 in all
+
+
+def ranks_of(process):
+    """The process ids of a run's ranks: those that torchrun started, or the run itself."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in children.stdout.split()] or [process.pid]
+
+
 @pytest.mark.slow
-def test_killed_again_and_again_anywhere_in_its_life_it_ends_the_same(undisturbed, tmp_path):
-    """From an empty cache: in imports, tokenizer, cache, steps, saves and the export."""
-    recipe = write_recipe(tmp_path, **SETTINGS)
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("fsdp", 2)])
+def test_killed_again_and_again_anywhere_in_its_life_it_ends_the_same(engine, ranks, tmp_path):
+    """From an empty cache: in imports, tokenizer, cache, steps, saves and the export; one rank, or all of them."""
+    settings = SETTINGS | {"batch": {"sequences": 8, "micro_sequences": 4}, "engine": {"kind": engine}}
+    recipe = write_recipe(tmp_path, **settings)
     started = time.monotonic()
-    train_apart(recipe, f"output_dir={tmp_path / 'timed'}")
+    undisturbed = train_apart(recipe, f"output_dir={tmp_path / 'undisturbed'}", ranks=ranks)
     lifetime = time.monotonic() - started  # on this machine, as busy as it is
     environment = {"LLMTRAIN_CACHE": str(tmp_path / "cache")}
     run = tmp_path / "runs" / "tiny"
-    chooser = random.Random(0)
+    chooser = random.Random(ranks)
     kills = 0
-    for _ in range(12):
-        process = start(recipe, **environment)
+    for _ in range(4 * KILLS):
+        if kills == KILLS:
+            break
+        process = start(recipe, ranks=ranks, **environment)
         try:
-            process.wait(timeout=lifetime * chooser.uniform(0.2, 0.9))
+            process.wait(timeout=lifetime * chooser.uniform(0.2, 0.95))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            if chooser.random() < 0.5:
+                os.kill(chooser.choice(ranks_of(process)), signal.SIGKILL)  # the others must notice, and end
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
             kills += 1
-        process.communicate()
+        output, _ = process.communicate(timeout=120)
         if (run / "final").exists():
             assert_undisturbed(run, undisturbed)
             shutil.rmtree(run)
-    assert kills >= 4
-    process = start(recipe, **environment)
+        else:
+            assert process.returncode != 0, output
+    assert kills == KILLS
+    process = start(recipe, ranks=ranks, **environment)
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert_undisturbed(run, undisturbed)
@@ -84,7 +104,7 @@ def test_a_signal_leads_to_a_checkpoint_exit_75_and_resume(undisturbed, number, 
     recipe = write_recipe(tmp_path, **(SETTINGS | {"checkpoint": {"every": 1000, "keep": 2}}))
     run = tmp_path / "runs" / "tiny"
     process = start(recipe)
-    wait_for(run / "metrics.jsonl", process)
+    wait_until_trained(run / "metrics.jsonl", process, 2)  # a stop before the first step has nothing to save
     process.send_signal(number)
     output, _ = process.communicate()
     assert process.returncode == 75, output
@@ -99,7 +119,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both(tmp_path):
     recipe = write_recipe(tmp_path, **(SETTINGS | {"steps": 4000, "batch": {"sequences": 8, "micro_sequences": 4}}))
     run = tmp_path / "runs" / "tiny"
     process = start(recipe, ranks=2)
-    wait_for(run / "metrics.jsonl", process)
+    wait_until_trained(run / "metrics.jsonl", process, 2)  # a stop before the first step has nothing to save
     ranks = [int(pid) for pid in os.popen(f"pgrep -P {process.pid}").read().split()]
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGUSR1)

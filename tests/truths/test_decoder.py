@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtrain.errors import InputError
-from llmtrain.models.checks import check_causality, check_document_isolation, check_head
+from llmtrain.models.checks import Asked, check_causality, check_document_isolation, check_head
 from llmtrain.models.decoder import Decoder
 from llmtrain.models.loss_head import linear_cross_entropy
 
@@ -65,37 +65,42 @@ def test_packed_equals_separate_documents_in_loss_and_gradients(architecture, at
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=4e-6, msg=name)
 
 
+def asked(*arguments, **fields):
+    model = decoder(*arguments, **fields).eval()
+    return Asked(model, model, torch.device("cpu"), exact=True)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
 def test_the_checks_pass_what_is_right(architecture):
-    check_head(decoder(architecture))
-    check_causality(decoder(architecture))
-    check_document_isolation(decoder(architecture))
+    check_head(asked(architecture))
+    check_causality(asked(architecture))
+    check_document_isolation(asked(architecture))
 
 
 def test_recurrent_state_is_seen_to_leak():
-    check_head(decoder("mamba2"))
+    check_head(asked("mamba2"))
     with pytest.raises(InputError, match=r"data.packing.*carries state"):
-        check_document_isolation(decoder("mamba2"))
+        check_document_isolation(asked("mamba2"))
 
 
 def test_an_encoder_is_seen_to_look_ahead():
     """Its head is the last thing it does, and without packing nothing else would tell."""
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    check_head(decoder("bert-generation", **shape))
+    check_head(asked("bert-generation", **shape))
     with pytest.raises(InputError, match=r"not causal"):
-        check_causality(decoder("bert-generation", **shape))
-    check_causality(decoder("bert-generation", is_decoder=True, **shape))
+        check_causality(asked("bert-generation", **shape))
+    check_causality(asked("bert-generation", is_decoder=True, **shape))
 
 
 def test_sizes_that_do_not_fit_each_other_are_seen():
     """Qwen3 has 32 key-value heads unless told otherwise, and transformers does not compare them with the heads."""
     with pytest.raises(InputError, match=r"cannot run.*(?s:.*)num_key_value_heads"):
-        check_head(decoder("qwen3", num_key_value_heads=32))
+        check_head(asked("qwen3", num_key_value_heads=32))
 
 
 def test_a_soft_cap_after_the_head_is_seen():
     with pytest.raises(InputError, match="changes its logits after the head"):
-        check_head(decoder("gemma2", "eager", final_logit_softcapping=0.05))
+        check_head(asked("gemma2", "eager", final_logit_softcapping=0.05))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])

@@ -42,7 +42,7 @@ def test_two_ddp_ranks_change_nothing(whole, micro, tmp_path):
 
 def test_activation_checkpointing_changes_nothing(whole, tmp_path):
     recipe, reference = whole
-    assert_same_run(train_here(recipe, f"output_dir={tmp_path}", "engine.activation_checkpointing=true"), reference)
+    assert_same_run(train_here(recipe, f"output_dir={tmp_path}", "engine.activation_checkpointing=full"), reference)
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ import yaml
 
 from llmtrain import cli
 from llmtrain.models.hub import save_pretrained
+from llmtrain.observe.metrics import read_metrics
 from tests import tiny
-from tests.runs import train_here, write_recipe
+from tests.runs import start, train_here, write_recipe
 
 Change = Callable[[dict[str, Any], Path], object]
 MAMBA2 = {
@@ -52,12 +53,16 @@ def train(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     return run
 
 
+# What says that a run is or was alive, and how it ended.
+RUN_FILES = (".lock", ".lock-holder", "verdict.json")
+
+
 def files(directory: Path) -> dict[str, tuple[int, bytes]]:
-    """Content and time of change of everything below, but for what says that a run is or was alive."""
+    """Content and time of change of everything below, but for RUN_FILES and logs."""
     return {
         str(path.relative_to(directory)): (path.stat().st_mtime_ns, path.read_bytes())
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in (".lock", ".lock-holder") and path.parent.name != "logs"
+        if path.is_file() and path.name not in RUN_FILES and path.parent.name != "logs"
     }
 
 
@@ -152,6 +157,26 @@ MISTAKES: dict[str, tuple[Change, tuple[str, ...]]] = {
         section("tokenizer", vocab_size=40_000),
         ("tokenizer.vocab_size: sentencepiece cannot make a vocabulary of 40000", "remedy: take a size within"),
     ),
+    "letter as a special token": (
+        section("tokenizer", special_tokens=["<|user|>", "a"]),
+        ("tokenizer.special_tokens: 'a' is a single character", "remedy: use names such as <|user|>"),
+    ),
+    "file of a byte-order mark and no more": (
+        source("a.jsonl", b"\xef\xbb\xbf"),
+        ("data.train: the corpus is empty", "remedy: check its files"),
+    ),
+    "directory of Parquet files": (
+        lambda recipe, here: section("data", train=[{"kind": "parquet", "paths": [str(here)]}])(recipe, here),
+        (": is a directory", "remedy: name its files", "/**/*.parquet"),
+    ),
+    "epoch that does not fill a batch": (
+        section("", steps=None, epochs=2, batch={"sequences": 512, "micro_sequences": 8}),
+        ("epochs: an epoch has 252 rows, and one optimizer step takes 512", "remedy: lower the batch to 252 rows"),
+    ),
+    "run name that no directory can have": (
+        section("", name="a" * 300),
+        ("name: must have at most 255 characters, given 300",),
+    ),
     "prompt longer than the model": (
         section("", samples={"prompts": ["the", "fox " * 40]}),
         ("samples.prompts: the prompt 'fox fox", "it takes 1 to 31", "remedy: shorten the prompt"),
@@ -182,7 +207,7 @@ MISTAKES: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "one process for an engine of several": (
         section("engine", kind="ddp"),
-        ("engine.kind: engine ddp is for several processes, and there is one", "remedy: start with torchrun"),
+        ("engine.kind: engine ddp is for several processes, and there is one", "start with torchrun"),
     ),
     "misspelt key": (
         section("optimizer", learning_rate=0.1),
@@ -314,6 +339,34 @@ def test_a_damaged_recipe_of_a_run_is_told(killed: tuple[Path, str], train: Call
     assert files(resolved.parent) == before
 
 
+def test_held_out_text_that_changed(train: Callable[..., Done], tmp_path: Path) -> None:
+    """The curve would go on from a point that it was not at."""
+    held_out = tmp_path / "held_out.txt"
+    text = "the fox sleeps under a tree\n" * 50
+    held_out.write_text(text)
+    recipe = write_recipe(tmp_path, steps=4, checkpoint={"every": 2, "keep": 9})
+    rewritten(recipe, section("data", validation=[{"kind": "text", "paths": [str(held_out)]}]))
+    run = tmp_path / "runs" / "tiny"
+    assert train(recipe).code == 0
+    shutil.rmtree(run / "final")
+    before = files(run)
+    held_out.write_text(text + "and the dog too\n")
+    assert_refused(train(recipe), "data.validation: the text or the tokenizer changed", "remedy: bring the former")
+    assert files(run) == before
+    held_out.write_text(text)
+    assert train(recipe).code == 0
+
+
+def test_figures_edited_by_hand_do_not_stop_a_run(killed: tuple[Path, str], train: Callable[..., Done]) -> None:
+    recipe, output = killed
+    metrics = Path(output.partition("=")[2]) / "tiny" / "metrics.jsonl"
+    metrics.write_text('{"step": "one"}\n[2]\n' + metrics.read_text())
+    done = train(recipe, output)
+    assert done.code == 0, done.err
+    assert [read["step"] for read in read_metrics(metrics)] == [0, 1, 2, 3, 4]
+    assert "metrics.jsonl:1 is no whole record" in done.err
+
+
 # ---------------------------------------------------------------------------------- several ranks
 
 
@@ -332,7 +385,7 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
             "engine.kind=single",
             (
                 "engine.kind: engine single is for one process, and there are 2",
-                "remedy: use ddp or auto, or start one process",
+                "use ddp, fsdp or auto, or start one process",
             ),
         ),
         (
@@ -370,6 +423,15 @@ def test_what_only_several_ranks_can_have_wrong(override: str, texts: tuple[str,
     assert not (tmp_path / "runs" / "tiny" / "recipe.resolved.yaml").exists()
 
 
+def test_what_all_ranks_have_wrong_is_said_once(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, batch={"sequences": 8, "micro_sequences": 4})
+    process = start(recipe, "data.train.0.paths=[nothing.txt]", ranks=2)
+    output, _ = process.communicate()
+    assert process.returncode != 0
+    assert output.count("nothing.txt: no such file") == 1, output
+    assert "please report" not in output
+
+
 def test_ranks_that_were_announced_by_half(
     train: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,7 +442,7 @@ def test_ranks_that_were_announced_by_half(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_late_refusal_leaves_a_lock_and_a_log_and_no_more(train: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_late_refusal_leaves_a_lock_a_log_and_a_verdict(train: Callable[..., Done], tmp_path: Path) -> None:
     assert train(write_recipe(tmp_path, samples={"prompts": ["fox " * 40]})).code == 2
     left = {path.name for path in (tmp_path / "runs" / "tiny").iterdir()}
-    assert left <= {".lock", ".lock-holder", "logs"}
+    assert left <= {*RUN_FILES, "logs"}

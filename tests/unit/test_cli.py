@@ -9,7 +9,9 @@ import termios
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from llmtrain import __version__, cli
 from llmtrain.errors import InputError, TrainingError
@@ -31,6 +33,7 @@ COMMANDS = [
     ["recipes", "show"],
     ["recipes", "copy"],
     ["recipes", "validate"],
+    ["verdict"],
 ]
 
 
@@ -120,6 +123,7 @@ def test_errors_of_a_command(
         raise error
 
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli, "SECONDS_FOR_RANK_0", 0)
     monkeypatch.setattr(cli, "load_recipe", fail)
     done = llmtrain("train", "quickstart")
     assert (done.code, done.out, done.err) == (code, "", shown)
@@ -138,8 +142,44 @@ def test_interrupt(llmtrain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("llmtrain.run.train", interrupt)
+    done = llmtrain("train", "quickstart", "output_dir=runs")
+    assert (done.code, done.out, done.err) == (130, "", "interrupted; nothing was trained\n")
+    Path("runs/quickstart/checkpoints/step-00000010").mkdir(parents=True)
+    done = llmtrain("train", "quickstart", "output_dir=runs")
+    assert (done.code, done.err) == (130, "interrupted; the same command goes on from the last checkpoint\n")
+    assert "130 interrupted" in " ".join(llmtrain("train", "--help").out.split())
+
     monkeypatch.setattr(cli, "load_recipe", interrupt)
     assert llmtrain("train", "quickstart").code == 130
+
+
+@pytest.mark.parametrize("device", ["numpy", "cpu", "gpu"])
+def test_out_of_memory(llmtrain: Run, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    def train(*_: object) -> None:
+        if device == "gpu":  # as torch raises it for one
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        np.empty(10**15) if device == "numpy" else torch.empty(10**15)
+
+    monkeypatch.setattr("llmtrain.run.train", train)
+    done = llmtrain("train", "quickstart")
+    assert done.code == 1
+    assert done.err.startswith("error: out of memory: ") and "remedy: lower batch.micro_sequences" in done.err
+    assert "Traceback" not in done.err and "please report" not in done.err
+
+
+def test_names_that_no_file_can_have(llmtrain: Run) -> None:
+    name = "x" * 300
+    for arguments in (
+        ["generate", name, "--prompt", "a"],
+        ["recipes", "show", name],
+        ["recipes", "copy", "quickstart", name],
+        ["tokenizer", "train", "quickstart", "--output", name],
+        ["train", "quickstart", f"output_dir={name}"],
+    ):
+        done = llmtrain(*arguments)
+        assert done.code == 2
+        assert done.err.startswith("error: ") and "Traceback" not in done.err
 
 
 def test_an_unknown_error_keeps_its_traceback_and_asks_for_a_report() -> None:
@@ -200,6 +240,8 @@ def test_show(llmtrain: Run) -> None:
     Path("resolved.yaml").write_text(resolved, encoding="utf-8")
     assert load_recipe("resolved.yaml").recipe == load_recipe("pretrain/mixture").recipe
     assert llmtrain("recipes", "show", "quikstart").code == 2
+    Path("latin.yaml").write_bytes(b"name: na\xefve")
+    assert llmtrain("recipes", "show", "latin.yaml").out == "name: na\ufffdve"
 
 
 def test_copy(llmtrain: Run) -> None:

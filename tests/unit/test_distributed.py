@@ -12,8 +12,17 @@ import torch
 
 from llmtrain import distributed
 from llmtrain.contracts import Sum
-from llmtrain.distributed import World, average, choose_device, joined, ranks_from_environment, sum_scalars
-from llmtrain.errors import InputError
+from llmtrain.distributed import (
+    World,
+    average,
+    choose_device,
+    joined,
+    lost_ranks_told,
+    on_any_rank,
+    ranks_from_environment,
+    sum_scalars,
+)
+from llmtrain.errors import InputError, RankLost
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
@@ -157,3 +166,25 @@ def test_two_ranks_exchange_objects(ranks: list[dict]) -> None:
     for found in ranks:
         assert found["from_rank_0"] == {"rank": 0}
         assert found["gathered"] == [[0, ""], [1, "x"]]
+
+
+# ---------------------------------------------------------------------------------- lost ranks
+
+
+def test_a_collective_that_fails_tells_of_a_lost_rank() -> None:
+    """As gloo says it; with real ranks that are killed, in tests/faults."""
+    gloo = "[/build/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:4711. More."
+    with pytest.raises(RankLost, match=r"^a collective failed: Connection closed by peer \[10"), lost_ranks_told():
+        raise RuntimeError(gloo)
+    with pytest.raises(RankLost, match="a collective failed: remote process exited"), lost_ranks_told():
+        raise torch.distributed.DistBackendError("remote process exited")
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught, lost_ranks_told():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert type(caught.value) is RuntimeError
+
+
+def test_alone_any_rank_is_this_one() -> None:
+    assert on_any_rank(True) and not on_any_rank(False)

@@ -18,11 +18,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models", "data"),
     ("algorithms", "sampling", "evaluation"),
     ("engines",),
-    ("checkpoint", "observe", "schedule", "signals", "rundir"),
+    ("checkpoint", "observe", "schedule", "signals", "rundir", "verdict", "ending"),
     ("loop",),
     ("run",),
     ("quickstart", "launch"),
-    ("cli",),
+    ("cli", "cli_checkpoint", "cli_loading"),
     ("__main__",),
 )
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}

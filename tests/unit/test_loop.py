@@ -360,3 +360,28 @@ def test_a_run_that_is_at_its_end_does_nothing(tmp_path: Path) -> None:
     again = Run(tmp_path, Regression(lambda step: pytest.fail("a batch was fetched")), steps=2).resumed()
     assert again.go() is True
     assert [record["step"] for record in again.records()] == [0, 1, 2]
+
+
+def test_a_stop_before_the_first_step_neither_evaluates_nor_saves(tmp_path: Path) -> None:
+    run = Run(tmp_path, Regression())
+    run.stop.signal = signal.SIGTERM
+    assert run.go() is False
+    assert run.algorithm.evaluated == [] and run.records() == []
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("stopped_in", "steps_done"), [(1, 0), (2, 3)])
+def test_a_stop_while_it_evaluates_costs_no_further_step(tmp_path: Path, stopped_in: int, steps_done: int) -> None:
+    """The evaluations are those before the first step and after the third."""
+
+    class Interrupted(Regression):
+        def evaluate(self, models: Mapping[str, nn.Module], device: torch.device) -> dict[str, float]:
+            figures = super().evaluate(models, device)
+            if len(self.evaluated) == stopped_in:
+                run.stop.signal = signal.SIGUSR1
+            return figures
+
+    run = Run(tmp_path, Interrupted(), steps=9, evaluation={"every": 3})
+    assert run.go() is False
+    assert run.records()[-1]["step"] == run.loop.progress.step == steps_done
+    assert not steps_done or run.saved() == [f"step-{steps_done:08d}"]

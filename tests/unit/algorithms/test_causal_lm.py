@@ -16,6 +16,7 @@ from llmtrain.recipe.schema import Samples
 from tests import tiny
 
 CPU = torch.device("cpu")
+DATA = {"data.train": "abc", "data.validation": "def"}
 EOS = 1
 
 
@@ -27,7 +28,7 @@ class Steps:
 
 
 def algorithm(held_out: list[MicroBatch] | None = None, samples: Samples | None = None, **changes: Any) -> CausalLM:
-    settings = {"max_length": 32, "seed": 0, "data_fingerprint": "abc"} | changes
+    settings = {"max_length": 32, "seed": 0, "data_fingerprint": DATA} | changes
     return CausalLM(cast(Loader, Steps()), held_out or [], tiny.tokenizer(), samples, **settings)
 
 
@@ -112,6 +113,7 @@ def test_a_prompt_leaves_room_for_one_token(num_words: int, fits: bool) -> None:
 def test_the_state_is_that_of_the_data() -> None:
     state = algorithm().state_dict()
     algorithm().load_state_dict(state)
-    with pytest.raises(InputError, match="data.train: the training data or the tokenizer changed") as caught:
-        algorithm(data_fingerprint="other").load_state_dict(state)
-    assert caught.value.remedy
+    for key in DATA:
+        with pytest.raises(InputError, match=f"{key}: the text or the tokenizer changed") as caught:
+            algorithm(data_fingerprint=DATA | {key: "other"}).load_state_dict(state)
+        assert caught.value.remedy

@@ -49,7 +49,10 @@ def test_a_recipe_becomes_rows(file: Path, cache: Path, monkeypatch: pytest.Monk
     assert texts_in(datasets.train, asked, cache) == {text for text in TEXTS if not is_held_out(text, 0.2)}
     assert texts_in(datasets.validation, asked, cache) == {text for text in TEXTS if is_held_out(text, 0.2)}
     assert isinstance(datasets.train[0], PackedRows) and isinstance(datasets.order(0), ShuffledOrder)
-    assert datasets.steps_per_epoch(4) == len(datasets.train[0]) / 4
+    num = len(datasets.train[0])
+    assert datasets.steps_per_epoch(4) == num / 4 and datasets.steps_per_epoch(num) == 1
+    with pytest.raises(InputError, match=f"epochs: an epoch has {num} rows, and one optimizer step takes {num + 1}"):
+        datasets.steps_per_epoch(num + 1)
 
     # Again, and nothing is trained or tokenised.
     monkeypatch.setattr(module, "train_sentencepiece", None)
@@ -98,6 +101,27 @@ def test_sources_of_their_own_for_validation_and_weights(file: Path, cache: Path
     order = datasets.order(0)
     assert isinstance(order, MixtureOrder) and order.counts == [750, 250]
     assert all(isinstance(rows, SeparateRows) for rows in [*datasets.train, *datasets.validation])
+
+
+def test_the_fingerprint_tells_which_data_changed(cache: Path, tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(TEXTS)
+    train, held_out = tmp_path / "train.txt", tmp_path / "held_out.txt"
+    write_lines(train, TEXTS[:50])
+    write_lines(held_out, TEXTS[50:60])
+
+    def prints() -> dict[str, str]:
+        asked = recipe(data={"train": [lines(train)], "validation": [lines(held_out)]})
+        return prepare_data(asked, tokenizer, cache).fingerprint
+
+    first = prints()
+    assert first == prints() and first.keys() == {"data.train", "data.validation"}
+    write_lines(held_out, TEXTS[50:61])
+    second = prints()
+    assert second["data.train"] == first["data.train"] and second["data.validation"] != first["data.validation"]
+    write_lines(train, TEXTS[:49])
+    assert prints()["data.train"] != second["data.train"]
+    split = recipe(data={"train": [lines(train)], "validation_fraction": 0.2})
+    assert prepare_data(split, tokenizer, cache).fingerprint.keys() == {"data.train"}
 
 
 def test_nothing_held_out_where_none_was_asked(file: Path, cache: Path) -> None:

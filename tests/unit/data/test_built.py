@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -31,6 +32,56 @@ def test_it_is_built_once(tmp_path: Path) -> None:
     assert (path / "letters").read_text() == "abc"
     manifest = json.loads((path / MANIFEST).read_text())
     assert manifest["files"]["letters"]["bytes"] == 3 and len(manifest["files"]["letters"]["blake2b"]) == 40
+
+
+def rewritten(manifest: Path, **changes: object) -> None:
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+
+
+MANIFESTS = {"cut": '{"about"', "empty": "", "object": "{}", "list": "[]", "deep": "[" * 100_000, "binary": "\0\ufffd"}
+
+
+@pytest.mark.parametrize("name", [*MANIFESTS, "other numbers", "no files", "a directory"])
+def test_a_damaged_manifest_is_made_anew(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "key"
+    build_once(path, "letters", write_letters)
+    manifest = path / MANIFEST
+    if name in MANIFESTS:
+        manifest.write_text(MANIFESTS[name])
+    elif name == "a directory":
+        manifest.unlink()
+        manifest.mkdir()
+    else:
+        rewritten(manifest, **({"about": {"num": 4}} if name == "other numbers" else {"files": {}}))
+    assert build_once(path, "letters", write_letters) == {"num": 3}
+    (warning,) = caplog.messages
+    assert "manifest.json is no manifest" in warning and warning.endswith("the letters will be built again")
+    assert build_once(path, "letters", refuse) == {"num": 3}
+
+
+def test_a_small_file_is_hashed_at_each_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A tokenizer that a failing disk changed in place, or that was copied with its times."""
+    path = tmp_path / "key"
+    build_once(path, "letters", write_letters)
+    before = (path / "letters").stat()
+    (path / "letters").write_text("abd")
+    os.utime(path / "letters", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert build_once(path, "letters", write_letters) == {"num": 3}
+    assert (path / "letters").read_text() == "abc"
+    assert "was changed since it was written" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything; run as another user to see it refused")
+@pytest.mark.parametrize("closed", ["key", "."])
+def test_a_cache_of_another_user(tmp_path: Path, closed: str) -> None:
+    build_once(tmp_path / "key", "letters", write_letters)
+    (tmp_path / closed).chmod(0)
+    try:
+        with pytest.raises(InputError, match="data.cache_dir: the cache holds what is not yours") as caught:
+            build_once(tmp_path / "key", "letters", write_letters)
+    finally:
+        (tmp_path / closed).chmod(0o700)
+    assert caught.value.remedy
 
 
 @pytest.mark.parametrize("damage", ["missing file", "short file", "no manifest", "cut manifest"])

@@ -69,11 +69,15 @@ def test_hashes_are_remembered(corpus: Path, tmp_path: Path, monkeypatch: pytest
         assert len(hashed) == expected
 
 
-def test_a_damaged_memo_is_made_anew(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ['{"a": ', "[]", "null", '{"a": []}', '{"a": [[1], 2]}', "\0", "[" * 100_000])
+def test_a_damaged_memo_is_made_anew(
+    corpus: Path, tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
     first = fingerprint(text_source(corpus), tmp_path / "cache")
     (memo,) = (path for path in (tmp_path / "cache" / "fingerprints").iterdir() if path.suffix != ".lock")
-    memo.write_text('{"a": ')
+    memo.write_text(content)
     assert fingerprint(text_source(corpus), tmp_path / "cache") == first
+    assert "is damaged; the files are hashed again" in caplog.text
     assert len(json.loads(memo.read_text())) == 2
 
 

@@ -54,10 +54,15 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 def test_the_same_rows_are_evaluated_whatever_the_world(max_sequences: int) -> None:
     def evaluated(world_size: int, micro_sequences: int) -> Counter[tuple[int, ...]]:
         found: Counter[tuple[int, ...]] = Counter()
+        numbers = set()
         for rank in range(world_size):
             batch = evaluation_batches(ROWS, max_sequences, micro_sequences, rank, world_size)
+            numbers.add(len(batch))
             assert all(0 < len(micro.tensors["targets"]) <= micro_sequences for micro in batch)
-            found.update(tuple(row) for row in inputs(batch))
+            for micro in batch:
+                assert micro.weights[POLICY] == (micro.tensors["targets"] != IGNORE_INDEX).sum()
+            found.update(tuple(row) for row in inputs([micro for micro in batch if micro.weights[POLICY]]))
+        assert len(numbers) == 1, "sharding engines would wait for the ranks that have less to do"
         return found
 
     expected = evaluated(1, 1)

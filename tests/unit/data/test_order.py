@@ -142,3 +142,7 @@ def test_a_small_share_makes_the_cycle_longer() -> None:
     assert cycle_counts([1.0, 1.0]) == [500, 500]
     assert cycle_counts([1.0, 1.0, 1.0]) == [334, 333, 333]
     assert cycle_counts([9999.0, 1.0]) == [99_990, 10]
+
+
+def test_only_the_ratios_of_weights_count() -> None:
+    assert cycle_counts([1e308, 1e308]) == cycle_counts([5e-324, 5e-324]) == [500, 500]

@@ -82,6 +82,22 @@ def test_paths_that_name_no_file_are_errors(tmp_path: Path, path: str, message: 
     assert error.where == os.path.join(tmp_path, path)
 
 
+@pytest.mark.parametrize(("kind", "ending"), [("text", "txt"), ("jsonl", "jsonl"), ("parquet", "parquet")])
+def test_in_place_of_a_directory_its_files_are_suggested(tmp_path: Path, kind: str, ending: str) -> None:
+    error = error_of(kind=kind, paths=[str(tmp_path)])
+    assert error.remedy == f"name its files, for example {tmp_path}/**/*.{ending}"
+
+
+def test_why_a_path_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("here")
+    assert error_of(kind="text", paths=[f"{tmp_path}/a.txt/b"]).message.startswith("Not a directory")
+    for kind in ("text", "python"):
+        key = "path" if kind == "python" else "paths"
+        name = f"{tmp_path}/{'x' * 300}"
+        error = error_of(kind=kind, **{key: name if kind == "python" else [name]})
+        assert error.message.startswith("File name too long") and error.remedy
+
+
 @pytest.mark.parametrize("document", ["file", "line", "paragraph"])
 def test_wrong_encoding_names_file_line_and_byte(tmp_path: Path, document: str) -> None:
     file = tmp_path / "latin.txt"
@@ -116,6 +132,15 @@ def test_jsonl(tmp_path: Path) -> None:
     assert read(kind="jsonl", paths=[str(file)]) == ["one\ntwo", "😀 \u2028"]
     file.write_text('{"body": "other"}\n')
     assert read(kind="jsonl", paths=[str(file)], field="body") == ["other"]
+
+
+def test_jsonl_of_other_editors(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n\r\n \n\n')
+    assert read(kind="jsonl", paths=[str(file)]) == ["one", "two"]
+    for nothing in (b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n", b"\n", b""):
+        file.write_bytes(nothing)
+        assert read(kind="jsonl", paths=[str(file)]) == []
 
 
 @pytest.mark.parametrize(

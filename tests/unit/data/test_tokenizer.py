@@ -15,6 +15,7 @@ from llmtrain.data.tokenizer import (
     encode_documents,
     hash_tokenizer,
     load_tokenizer,
+    num_ids,
     pad_id,
     token_byte_lengths,
 )
@@ -67,6 +68,14 @@ def test_documents_are_encoded_whole_and_as_plain_text(tmp_path: Path) -> None:
     assert loaded.encode("<|endoftext|>") == [loaded.eos_token_id]
 
 
+def test_ids_may_leave_gaps() -> None:
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 70_000, "<end>": 2}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    assert len(tokenizer) == 3
+    assert num_ids(tokenizer) == len(token_byte_lengths(tokenizer)) == 70_001
+    assert num_ids(BYTE_LEVEL) == len(BYTE_LEVEL)
+
+
 def test_document_frame_and_padding() -> None:
     end = BYTE_LEVEL.eos_token_id
     assert document_frame(BYTE_LEVEL) == ([], [end])  # one token for both: once a document
@@ -100,7 +109,10 @@ def test_hub_names_and_directories_without_tokenizer(tmp_path: Path) -> None:
         assert caught.value.where == path and caught.value.remedy
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"version": "1.0"}'])
+DAMAGED = ["", "{", '{"version": "1.0"}', "[]", "[" * 100_000, '{"added_tokens": [], "model": 3}']
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_tokenizer_file(tmp_path: Path, content: str) -> None:
     save_word_tokenizer(tmp_path, eos_token="<end>")
     (tmp_path / "tokenizer.json").write_text(content)

@@ -157,6 +157,9 @@ def test_it_stays_itself_beside_a_model(tokenizer: PreTrainedTokenizerBase, mode
         (["hello"], {"special_tokens": ["<0x41>"]}, "'<0x41>' is there already"),
         (["hello"], {"special_tokens": ["a b"]}, "has a space in it"),
         (["hello"], {"special_tokens": [""]}, "is empty"),
+        (["hello"], {"special_tokens": ["<b>", "a"]}, "'a' is a single character"),
+        (["hello"], {"special_tokens": ["<▅>"]}, "that sentencepiece keeps for itself"),
+        (["hello"], {"vocab_size": 10**12}, "cannot make a vocabulary of 1000000000000"),
     ],
 )
 def test_what_cannot_be_trained(

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmtrain.engines.parts import (
     AveragedWeights,
     build_adamw,
-    flat_state,
     forward_precision,
-    load_flat_state,
     prepare_layers,
+    trained_state,
 )
 from llmtrain.errors import InputError
 from llmtrain.models.decoder import Decoder
@@ -65,7 +65,7 @@ def averaged_steps(decay: float, num_steps: int, dtype: torch.dtype) -> tuple[Av
     """The average after some steps of a random walk, and the same by the recurrence written out."""
     generator = torch.Generator().manual_seed(0)
     parameter = nn.Parameter(torch.randn(5, generator=generator).to(dtype))
-    averaged = AveragedWeights([("w", parameter)], decay)
+    averaged = AveragedWeights({"w": parameter}, decay)
     expected = parameter.detach().double()
     for n in range(1, num_steps + 1):
         with torch.no_grad():
@@ -88,7 +88,7 @@ def test_the_average_follows_its_recurrence(decay: float, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swapping_in_gives_the_own_weights_back_bit_for_bit(dtype: torch.dtype) -> None:
     averaged, _ = averaged_steps(0.9, 3, dtype)
-    (parameter,) = averaged.parameters
+    parameter = averaged.weights["w"]
     own, average = parameter.detach().clone(), averaged.averages["w"].clone()
     assert not torch.equal(own, average.to(dtype))
     with averaged.swapped_in():
@@ -103,46 +103,42 @@ def test_swapping_in_gives_the_own_weights_back_bit_for_bit(dtype: torch.dtype) 
 # --------------------------------------------------------------------------------------- state
 
 
-def trained(seed: int, num_steps: int) -> tuple[Decoder, torch.optim.AdamW, AveragedWeights]:
-    decoder = tiny.decoder(seed=seed, tie_word_embeddings=True)
-    optimizer = build_adamw(decoder, AdamW(lr=1e-2))
-    averaged = AveragedWeights(list(decoder.named_parameters()), 0.9)
-    ids = torch.arange(12)[None]
-    for _ in range(num_steps):
-        decoder.hf(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        averaged.update()
-    return decoder, optimizer, averaged
-
-
 def test_the_state_has_flat_names_and_is_live() -> None:
-    decoder, optimizer, averaged = trained(0, 1)
-    state = flat_state(decoder, optimizer, averaged)
+    decoder = tiny.decoder(tie_word_embeddings=True)
+    frozen = "hf.model.layers.1.mlp.up_proj.weight"
+    decoder.get_parameter(frozen).requires_grad_(False)
+    optimizer = build_adamw(decoder, AdamW(lr=1e-2))
+    state = dict(trained_state(decoder, optimizer))
     name = "hf.model.layers.0.mlp.up_proj.weight"
-    assert {f"model.{name}", f"ema.{name}", "ema_updates"} <= state.keys()
-    assert {key for key in state if name in key and key.startswith("optimizer.")} == {
-        f"optimizer.{name}.{moment}" for moment in ("exp_avg", "exp_avg_sq", "step")
+    assert {key for key in state if name in key} == {
+        f"model.{name}",
+        *(f"optimizer.{name}.{moment}" for moment in ("exp_avg", "exp_avg_sq", "step")),
     }
-    assert {key.split(".")[0] for key in state} == {"model", "optimizer", "ema", "ema_updates"}
-    assert state[f"model.{name}"].data_ptr() == decoder.get_parameter(name).data_ptr()
+    assert not [key for key in state if frozen in key]  # those are the recipe's model's
+    assert "model.hf.lm_head.weight" not in state  # tied: once
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    ids = torch.arange(12)[None]
+    decoder.hf(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert all(not torch.equal(state[key], before[key]) for key in state)
+    assert state[f"optimizer.{name}.step"] == 1
 
 
-@pytest.mark.parametrize("num_steps", [0, 2])
-def test_a_state_loads_into_a_fresh_engine(num_steps: int) -> None:
-    source, target = trained(0, num_steps), trained(1, 0)
-    load_flat_state(flat_state(*source), *target)
-    a, b = flat_state(*source), flat_state(*target)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-        if name.startswith("optimizer."):
-            assert a[name].data_ptr() != b[name].data_ptr(), f"{name}: shared with the loaded state"
-
-
-def test_without_averages_there_are_none_in_the_state() -> None:
-    decoder, optimizer, _ = trained(0, 1)
-    assert {key.split(".")[0] for key in flat_state(decoder, optimizer, None)} == {"model", "optimizer"}
+def test_the_first_step_is_that_of_an_optimizer_whose_state_comes_later() -> None:
+    ids = torch.arange(12)[None]
+    models = []
+    for early in (True, False):
+        decoder = tiny.decoder()
+        optimizer = build_adamw(decoder, AdamW(lr=1e-2))
+        if not early:
+            optimizer.state.clear()
+        for _ in range(3):
+            decoder.hf(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(decoder.state_dict())
+    for name in models[0]:
+        assert torch.equal(models[0][name], models[1][name]), name
 
 
 # ------------------------------------------------------------------------- precision and layers
@@ -156,17 +152,37 @@ def test_only_autocast_casts(precision: str, autocast: bool) -> None:
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_activation_checkpointing_reaches_every_layer() -> None:
-    decoder = tiny.decoder()
-    prepare_layers(decoder, AutoEngine(activation_checkpointing=True))
-    assert all(layer.gradient_checkpointing for layer in decoder.layers())
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_activation_checkpointing_reaches_every_layer_and_changes_no_gradient(how: str) -> None:
+    ids = torch.arange(12)[None]
+    gradients = []
+    for option in ("none", how):
+        decoder = tiny.decoder()
+        prepare_layers(decoder, AutoEngine(activation_checkpointing=option))
+        assert all(layer.gradient_checkpointing is (option != "none") for layer in decoder.layers())
+        decoder.train()
+        decoder.hf(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad for parameter in decoder.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_selective_checkpointing_computes_no_matrix_product_again() -> None:
+    def products(option: str) -> int:
+        decoder = tiny.decoder().train()
+        prepare_layers(decoder, AutoEngine(activation_checkpointing=option))
+        with FlopCounterMode(display=False) as counter:
+            decoder(torch.arange(12)[None], None, lambda hidden, head: hidden.sum()).backward()
+        return counter.get_total_flops()
+
+    assert products("selective") == products("none") < products("full")
 
 
 def test_activation_checkpointing_where_there_is_none() -> None:
     ctrl = tiny.decoder("ctrl", n_embd=32, n_layer=1, n_head=4, dff=32)
     with pytest.raises(InputError, match=r"engine.activation_checkpointing: CTRLLMHeadModel has no.*") as caught:
-        prepare_layers(ctrl, AutoEngine(activation_checkpointing=True))
-    assert caught.value.remedy == "set it to false"
+        prepare_layers(ctrl, AutoEngine(activation_checkpointing="full"))
+    assert caught.value.remedy == "set it to none"
 
 
 def test_compilation_is_by_layer() -> None:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from llmtrain import engines
 from llmtrain.contracts import Engine
-from llmtrain.distributed import World
-from llmtrain.errors import InputError
+from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.loss_head import linear_cross_entropy
 from tests import tiny
 
@@ -21,7 +20,8 @@ LR = 1e-2
 def engine(seed: int = 0, *, tied: bool = False, optimizer: dict[str, Any] | None = None, **overrides: Any) -> Engine:
     recipe = tiny.recipe(optimizer=ADAMW | (optimizer or {}), **overrides)
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    return engines.prepare(tiny.decoder(seed=seed, dtype=dtype, tie_word_embeddings=tied), recipe, tiny.ALONE)
+    decoder = tiny.decoder(seed=seed, dtype=dtype, tie_word_embeddings=tied)
+    return engines.prepare(Blueprint(decoder), recipe, tiny.ALONE)
 
 
 def rows() -> Iterator[Tensor]:
@@ -45,7 +45,7 @@ def train(engine: Engine, ids: Tensor, *, scale: float = 1.0) -> tuple[float, bo
 
 
 def state(engine: Engine) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in engine.state_tensors().items()}
+    return {name: shard.local.clone() for name, shard in engine.state().items()}
 
 
 def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -140,7 +140,11 @@ def test_a_state_goes_on_in_a_fresh_engine_bit_for_bit(precision: str, tied: boo
     batches = rows()
     for _ in range(3):
         train(whole, next(batches))
-    resumed.load_state_tensors(state(whole))
+    saved = state(whole)
+    assert saved.keys() == resumed.state().keys()
+    for name, shard in resumed.state().items():
+        shard.local.copy_(saved[name])
+    resumed.state_loaded()
     for _ in range(3):
         ids = next(batches)
         assert train(whole, ids) == train(resumed, ids)
@@ -218,23 +222,27 @@ def test_what_is_computed_and_kept_in_which_precision(precision: str, compute: t
     assert {parameter.grad.dtype for parameter in ours.model.parameters() if parameter.grad is not None} == {kept}
     assert all(parameter.grad is not None for parameter in ours.model.parameters())
     ours.step(LR)
-    moments = {tensor.dtype for name, tensor in ours.state_tensors().items() if "exp_avg" in name}
+    moments = {tensor.dtype for name, tensor in state(ours).items() if "exp_avg" in name}
     assert moments == {kept}
 
 
-# --------------------------------------------------------------------------------------- worlds
+# --------------------------------------------------------------------------------------- around
 
 
-@pytest.mark.parametrize(
-    ("kind", "size", "message"),
-    [("single", 2, "engine single is for one process, and there are 2"), ("ddp", 1, "engine ddp is for several")],
-)
-def test_an_engine_that_cannot_run_in_this_world_is_refused(kind: str, size: int, message: str) -> None:
-    recipe, world = tiny.recipe(engine={"kind": kind}), World(0, size, 0, size, torch.device("cpu"))
-    for refuse in (lambda: engines.check(recipe, world), lambda: engines.prepare(tiny.decoder(), recipe, world)):
-        with pytest.raises(InputError, match=f"engine.kind: {message}") as caught:
-            refuse()
-        assert caught.value.remedy
+def test_the_shards_are_whole_and_shared_by_the_replicas() -> None:
+    shards = engine().state()
+    for name, shard in shards.items():
+        assert (shard.start, shard.replica, shard.replicas) == (0, 0, 1), name
+        assert shard.shape == tuple(shard.local.shape), name
+
+
+def test_a_frozen_model_answers_and_does_not_train() -> None:
+    frozen = engines.prepare_frozen(Blueprint(tiny.decoder()), tiny.recipe(), tiny.ALONE)
+    ids = next(rows())
+    with frozen.evaluating():
+        assert torch.equal(loss_of(frozen.model, ids), loss_of(tiny.decoder(), ids))
+    assert not any(parameter.requires_grad for parameter in frozen.model.parameters())
+    assert_equal(dict(frozen.full_parameters()), tiny.decoder().state_dict())
 
 
 def test_it_says_what_runs() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llmtrain.errors import InputError
 from llmtrain.models.decoder import Decoder
-from llmtrain.models.hub import build_model, save_pretrained
+from llmtrain.models.hub import open_model, save_pretrained
 from tests import tiny
 
 IDS = torch.arange(3, 23)[None]
@@ -26,7 +26,9 @@ LLAMA3 = {
 
 
 def built(model: dict[str, Any], **overrides: Any) -> PreTrainedModel:
-    return build_model(tiny.recipe(model=model, **overrides), tiny.tokenizer())
+    blueprint = open_model(tiny.recipe(model=model, **overrides), tiny.tokenizer())
+    blueprint.materialise(blueprint.decoder, torch.device("cpu"))
+    return blueprint.decoder.hf
 
 
 def from_config(architecture: str = "llama", *, shape: dict[str, Any] = tiny.LLAMA, **fields: Any) -> PreTrainedModel:
@@ -274,7 +276,7 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_tokenizer_that_does_not_fit(model_directory: Path) -> None:
     recipe = tiny.recipe(model={"kind": "pretrained", "path": str(model_directory)})
-    error = refused(lambda: build_model(recipe, tiny.tokenizer(97)))
+    error = refused(lambda: open_model(recipe, tiny.tokenizer(97)))
     assert "96 token ids and the tokenizer 97" in str(error) and error.remedy
 
 

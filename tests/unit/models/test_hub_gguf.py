@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmtrain.errors import InputError
-from llmtrain.models.hub import build_model, save_pretrained
+from llmtrain.models.hub import open_model, save_pretrained
 from tests import tiny
 
 
@@ -49,7 +49,8 @@ def write_gguf(model: PreTrainedModel, file: Path, without: str = "") -> None:
 
 
 def from_gguf(file: Path, **overrides: Any) -> PreTrainedModel:
-    return build_model(tiny.recipe(model={"kind": "gguf", "file": str(file)}, **overrides), tiny.tokenizer())
+    recipe = tiny.recipe(model={"kind": "gguf", "file": str(file)}, **overrides)
+    return open_model(recipe, tiny.tokenizer()).decoder.hf
 
 
 @torch.no_grad()

@@ -74,3 +74,15 @@ def test_texts_are_kept_as_they_are(tmp_path: Path) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_metrics(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": "abc"}', '{"step": null}', '{"step": 1.5}', '{"step": [1]}', "{}", "[1]", "1", "[" * 100_000, "\0"],
+)
+def test_lines_that_are_none_of_ours_are_left_out(tmp_path: Path, line: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "m"
+    _written(path, 0, range(1, 4))
+    path.write_text(f"{line}\n{path.read_text()}")
+    assert _written(path, 2, range(3, 5)) == [1, 2, 3, 4]
+    assert f"{path}:1 is no whole record" in caplog.text

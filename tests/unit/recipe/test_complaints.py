@@ -11,7 +11,7 @@ from tests.unit.recipe.minimal import MINIMAL, Write
 
 TOP = (
     "name, description, output_dir, seed, device, precision, sequence_length, steps, epochs, batch, model, tokenizer, "
-    "data, algorithm, optimizer, schedule, engine, ema, evaluation, samples, checkpoint, logging"
+    "data, algorithm, optimizer, schedule, engine, ema, evaluation, samples, checkpoint, watchdog, logging"
 )
 
 
@@ -64,7 +64,7 @@ CASES = [
     (
         "steps: 100",
         "steps: 100\nprecision: bf-16",
-        "4: precision: the text 'bf-16' is not allowed; did you mean 'bf16'?; allowed: fp32, bf16_autocast, bf16",
+        "4: precision: the text 'bf-16' is not allowed; did you mean 'bf16'?; allowed: fp32, bf16_autocast, bf16_mixed, bf16, fp16_mixed",
     ),
     # types
     (
@@ -127,6 +127,13 @@ CASES = [
         "name: ../up",
         "1: name: may hold letters, digits, '.', '_' and '-' and begins with a letter or digit, given the text '../up'",
     ),
+    ("name: minimal", f"name: {'a' * 300}", "1: name: must have at most 255 characters, given 300"),
+    ("steps: 100", "steps: 10000000000000", "3: steps: must be at most 1e+12, given 10000000000000"),
+    (
+        "sequence_length: 128",
+        "sequence_length: 1000000000000",
+        "2: sequence_length: must be at most 1e+08, given 1000000000000",
+    ),
     # what keys say together
     ("{sequences: 8}", "{}", "4: batch: give exactly one of sequences and tokens (null takes the other away)"),
     ("steps: 100\n", "", "1: give exactly one of steps and epochs (null takes the other away)"),
@@ -142,6 +149,11 @@ CASES = [
         "    - {kind: text",
         "    - {kind: python, weight: 1}\n    - {kind: text",
         "10: data: a weight is given for some training sources only; give it for all or for none",
+    ),
+    (
+        "    - {kind: text",
+        "    - {kind: python, weight: 1}\n    - {weight: 1e-19, kind: text",
+        "11: data: train has a source of weight 1e-19 beside one of 1: no run would draw from it; leave it out, or give it 1e-09 of the other or more",
     ),
 ]
 

@@ -1,7 +1,16 @@
 from typing import Annotated, Literal
 
 from llmtrain.recipe.introspect import below, dotted_keys, kind_of, kinds, literals, section_class, strip
-from llmtrain.recipe.schema import EMA, AutoEngine, DDPEngine, Engine, Recipe, SingleEngine
+from llmtrain.recipe.schema import (
+    EMA,
+    AutoEngine,
+    DDPEngine,
+    DeepSpeedEngine,
+    Engine,
+    FSDPEngine,
+    Recipe,
+    SingleEngine,
+)
 
 
 def test_strip() -> None:
@@ -11,7 +20,13 @@ def test_strip() -> None:
 
 
 def test_kinds() -> None:
-    assert kinds(Engine) == {"auto": AutoEngine, "single": SingleEngine, "ddp": DDPEngine}
+    assert kinds(Engine) == {
+        "auto": AutoEngine,
+        "single": SingleEngine,
+        "ddp": DDPEngine,
+        "fsdp": FSDPEngine,
+        "deepspeed": DeepSpeedEngine,
+    }
     assert kinds(EMA | None) == {}
     assert kinds(int) == {}
     assert kind_of(DDPEngine) == "ddp"

@@ -105,6 +105,17 @@ def test_no_recipe_in_it(write: Write, raw: bytes, message: str) -> None:
     assert only.startswith(message)
 
 
+def test_a_corpus_is_no_recipe(write: Write) -> None:
+    file = write()
+    file.write_text("a line of text\n" * 100_000)
+    assert mistakes(file) == ["recipe.yaml: has more than 1,000,000 bytes; a recipe is a short YAML file"]
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    (message,) = mistakes("x" * 300)
+    assert "there is neither a file xxx" in message
+
+
 def test_byte_order_mark_and_windows_lines(write: Write) -> None:
     file = write()
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))

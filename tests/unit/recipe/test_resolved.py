@@ -57,6 +57,7 @@ def test_identity_leaves_out_how_a_run_is_carried_out(write: Write) -> None:
         "samples={prompts: [a]}",
         "evaluation.every=3",
         "checkpoint.keep=9",
+        "watchdog.data=9",
         "logging.tensorboard=false",
         "batch.micro_sequences=1",
         "data.cache_dir=x",

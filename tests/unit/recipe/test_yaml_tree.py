@@ -39,6 +39,8 @@ def read(text: str) -> tuple[Any, list[str]]:
         (".inf", math.inf),
         ("-.INF", -math.inf),
         ("=", "="),
+        ('"\\ud83d\\ude00"', "😀"),  # as JSON escapes it
+        ("9" * 4001, math.inf),  # Python refuses to read it as an integer
         ("[1, [2]]", [1, [2]]),
         ("!!str 1", "1"),
         ("!!float 1", 1.0),
@@ -72,12 +74,30 @@ def test_nan() -> None:
         ("a: 1\nb: \x01", "f:2: character 1 is not allowed in YAML"),
         ("a: @b", "f:1: not valid YAML: found character '@' that cannot start any token"),
         ("a: b: c", "f:1: not valid YAML: mapping values are not allowed here"),
+        ('a: 1\nb: "\\ud83d x"', "f:2: half of a surrogate pair in a text"),
+        ('a: 1\nb: "\\0"', "f:2: a NUL character in a text"),
+        ("a:\n  " + "[" * 5000, "f:2: nested more than 50 deep"),
+        ("".join(" " * depth + "a:\n" for depth in range(2000)), "f:50: nested more than 50 deep"),
     ],
 )
 def test_problems_name_the_line(text: str, problem: str) -> None:
     _, problems = read(text)
     assert len(problems) == 1
     assert problems[0].startswith(problem)
+
+
+def aliases(num: int, repeats: int) -> str:
+    """Each list holds the one before it, `repeats` times."""
+    lines = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * repeats)}]\n" for n in range(1, num)]
+    return "".join(["a0: &a0 [x]\n", *lines])
+
+
+def test_aliases_do_not_multiply() -> None:
+    assert read(aliases(3, repeats=2)) == ({"a0": ["x"], "a1": [["x"]] * 2, "a2": [[["x"]] * 2] * 2}, [])
+    _, (problem,) = read(aliases(30, repeats=10))  # would be 10^29 values
+    assert "more than 100,000 values" in problem
+    _, (problem,) = read(aliases(2000, repeats=1))
+    assert "nested more than 50 deep" in problem
 
 
 def test_all_problems_are_collected() -> None:
@@ -97,7 +117,8 @@ def test_places() -> None:
     assert node.find(("a", "b", 0, "no section")) is None
 
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8"))
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts
 
 
 @given(

@@ -1,6 +1,9 @@
 """`llmtrain generate`, as a user runs it, on a model that a tiny run left."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,3 +149,20 @@ def test_weights_that_are_not_there(run: Path, tmp_path: Path, generate) -> None
     del tensors["model.layers.0.mlp.up_proj.weight"]
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     assert_refused(generate(copy), "1 of the model's weights are not there", "up_proj")
+
+
+def test_a_prompt_that_is_not_utf8(generate) -> None:
+    """Python gives a byte of the command line that is not UTF-8 as half of a surrogate pair."""
+    done = generate("no/model", prompt="na\udcefve")
+    assert done.code == 2
+    assert done.err.startswith("error: --prompt: the prompt is not UTF-8 at character 2: ")
+    assert "remedy: give it in UTF-8" in done.err
+
+
+def test_a_terminal_that_is_not_utf8(run: Path) -> None:
+    command = [sys.executable, "-m", "llmtrain", "generate", str(run), "--prompt", "é", "--max-new-tokens", "2"]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\\xe9" in done.stdout or "\\ufffd" in done.stdout

@@ -1,0 +1,123 @@
+"""Safetensors of a pretrained model, read a tensor at a time."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_BUILT_BY_THE_MODEL = re.compile(r"rotary_emb\.inv_freq$")  # saved by old versions of transformers
+
+
+class WeightFiles:
+    """The tensors of some safetensors files, by name.
+
+    Args:
+        files: paths.
+
+    Raises:
+        OSError, SafetensorError: a file is not there, or is torn.
+    """
+
+    def __init__(self, files: Iterable[Path]):
+        self._file_of: dict[str, Path] = {}
+        self._meta: dict[str, tuple[tuple[int, ...], str]] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    piece = opened.get_slice(name)
+                    self._file_of[name] = file
+                    self._meta[name] = (tuple(piece.get_shape()), piece.get_dtype())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def difference(self, model: PreTrainedModel) -> str | None:
+        """How the files differ from the model's names and shapes; None where they can be read by name."""
+        state = model.state_dict(keep_vars=True)
+        names_of: dict[Tensor, list[str]] = defaultdict(list)
+        for name, tensor in state.items():
+            names_of[tensor].append(name)
+        for tensor, names in names_of.items():
+            present = [name for name in names if name in self]
+            if not present:
+                return f"{names[0]} is not in the files"
+            for name in present:
+                shape, dtype = self._meta[name]
+                if shape != tuple(tensor.shape):
+                    return f"{name} has shape {shape} in the files and {tuple(tensor.shape)} in the model"
+                if not tensor.is_floating_point() or dtype not in _FLOATS:
+                    return f"{name} is {dtype} in the files"
+            if len(present) > 1 and not self._equal(present):
+                return f"{' and '.join(present)} are tied in the model and differ in the files"
+        ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), _BUILT_BY_THE_MODEL]
+        for name in self._file_of:
+            if name not in state and not any(re.search(pattern, name) for pattern in ignored):
+                return f"the model has no {name}"
+        return None
+
+    def _equal(self, names: list[str]) -> bool:
+        first, *others = (self._read(name) for name in names)
+        return all(torch.equal(first, other) for other in others)
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self._file_of[name], framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+
+    @torch.no_grad()
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies the named tensors out of the files, casting to the dtype of where they go."""
+        by_file: dict[Path, list[str]] = defaultdict(list)
+        for name in tensors:
+            by_file[self._file_of[name]].append(name)
+        for file, names in by_file.items():
+            with safe_open(file, framework="pt") as opened:  # closed after each unit: pages of it are memory, too
+                for name in names:
+                    tensors[name].copy_(opened.get_tensor(name))
+
+
+def find_weights(path: str, revision: str | None) -> WeightFiles | None:
+    """The safetensors of a local directory or of a hub model.
+
+    None where there are none, or not whole: from_pretrained tells what is wrong with them.
+    """
+    try:
+        if _cached(path, "adapter_config.json", revision) is not None:
+            return None  # the weights of its base model lie elsewhere
+        if (single := _cached(path, SAFE_WEIGHTS_NAME, revision)) is not None:
+            return WeightFiles([single])
+        if (index := _cached(path, SAFE_WEIGHTS_INDEX_NAME, revision)) is None:
+            return None
+        files, _ = get_checkpoint_shard_files(path, str(index), revision=revision)
+        return WeightFiles(Path(file) for file in files)
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError):
+        return None
+
+
+def _cached(path: str, name: str, revision: str | None) -> Path | None:
+    """A file of the model; None where it has none, or is not cached and there is no network."""
+    found = cached_file(
+        path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def is_converted(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether from_pretrained does more to this model's files than copying and casting to `dtype`."""
+    config = model.config
+    elsewhere = config.to_dict().get("transformers_weights") or type(config).extra_files
+    return bool(elsewhere or get_model_conversion_mapping(model, add_legacy=False) or model._get_dtype_plan(dtype))

@@ -1,0 +1,602 @@
+"""FSDP on real gloo ranks against plain torch in one process, which sees the whole batch.
+
+One set of processes of two ranks and one of four run all the checks below, since importing torch costs
+more than a check. Each check is a test of its own here.
+
+usage of a rank: python -m tests.distributed.test_fsdp RESULTS CHECK..., with the environment of torchrun
+"""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from llmtrain.contracts import Shard, mark_last
+from llmtrain.distributed import World, gather_objects, joined
+from llmtrain.engines.fsdp import FSDPEngine, FSDPFrozen, shard
+from llmtrain.errors import TrainingError
+from llmtrain.models.blueprint import Blueprint
+from llmtrain.models.decoder import Decoder
+from llmtrain.models.hub import open_model
+from llmtrain.models.loss_head import IGNORE_INDEX, linear_cross_entropy
+from llmtrain.recipe.schema import Recipe
+from tests import tiny
+
+ADAMW = {"kind": "adamw", "lr": 1.0, "eps": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.1, "clip_norm": 0.5}
+LR, ROWS, MICRO = 2e-3, 12, 3
+# 97 rows do not divide by the ranks, and of vectors of six numbers the last of four ranks has none.
+QWEN3 = tiny.LLAMA | {"vocab_size": 97, "head_dim": 6}
+CPU = torch.device("cpu")
+
+
+def recipe(*, architecture: str = "llama", fields: dict[str, Any] | None = None, **overrides: Any) -> Recipe:
+    engine = {"kind": "fsdp", "timeout_seconds": 60} | overrides.pop("engine", {})
+    shape = (tiny.LLAMA if fields is None else fields) | {"vocab_size": 97}
+    model = {"kind": "config", "architecture": architecture, "config": shape}
+    optimizer = ADAMW | overrides.pop("optimizer", {})
+    return tiny.recipe(model=model, engine=engine, optimizer=optimizer, **overrides)
+
+
+def blueprint(asked: Recipe) -> Blueprint:
+    return open_model(asked, tiny.tokenizer())
+
+
+def whole(asked: Recipe) -> Decoder:
+    made = blueprint(asked)
+    made.materialise(made.decoder, CPU)
+    return made.decoder
+
+
+def batches(seed: int = 3) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, targets), each [ROWS, T]; ragged: of some rows most targets do not count, of some none."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        ids = torch.randint(3, 96, (ROWS, 10), generator=generator)
+        targets = torch.randint(3, 96, (ROWS, 10), generator=generator)
+        counted = torch.rand(ROWS, 10, generator=generator) < torch.rand(ROWS, 1, generator=generator)
+        counted[1] = False
+        yield ids, targets.where(counted, IGNORE_INDEX)
+
+
+def loss_sum(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
+    def nll(hidden: Tensor, head: nn.Linear) -> Tensor:
+        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten())
+
+    loss: Tensor = model(ids, None, nll)
+    return loss
+
+
+def num_counted(targets: Tensor) -> int:
+    return int((targets != IGNORE_INDEX).sum())
+
+
+def step(engine: FSDPEngine, ids: Tensor, targets: Tensor, world: World, scale: float = 1.0) -> tuple[float, bool]:
+    """One optimizer step on this rank's rows, in MICRO micro-batches."""
+    own = [rows.chunk(MICRO) for rows in (ids[world.rank :: world.size], targets[world.rank :: world.size])]
+    for (some_ids, some_targets), last in mark_last(list(zip(*own, strict=True))):  # type: ignore[arg-type]
+        with engine.accumulate(last):
+            engine.backward(scale * loss_sum(engine.model, some_ids, some_targets) / num_counted(targets))
+    result = engine.step(LR)
+    return result.grad_norm, result.applied
+
+
+class Truth:
+    """The same steps by torch's own pieces, on the whole batch at once."""
+
+    def __init__(self, decoder: Decoder, clip_norm: float | None = 0.5):
+        self.model, self.clip_norm = decoder.train(), clip_norm
+        self.parameters = [p for p in decoder.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in self.parameters if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-5, foreach=False)
+
+    def step(self, ids: Tensor, targets: Tensor) -> float:
+        self.optimizer.zero_grad()
+        (loss_sum(self.model, ids, targets) / num_counted(targets)).backward()
+        largest = float("inf") if self.clip_norm is None else self.clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, largest)
+        self.optimizer.step()
+        return norm.item()
+
+
+def assert_near(engine: FSDPEngine | FSDPFrozen, truth: nn.Module, relative: float = 1e-6) -> None:
+    expected = truth.state_dict()
+    given = {name: tensor.clone() for name, tensor in engine.full_parameters()}
+    assert given.keys() == expected.keys()
+    for name, tensor in given.items():
+        difference = (tensor - expected[name]).norm() / expected[name].norm().clamp_min(1e-3)
+        assert difference <= relative, f"{name}: {difference:.2e}"
+
+
+def compare(asked: Recipe, world: World, steps: int = 4, relative: float = 1e-6) -> FSDPEngine:
+    """Trains as asked and in one process, and returns the engine."""
+    engine, truth = FSDPEngine(blueprint(asked), asked, world), Truth(whole(asked), asked.optimizer.clip_norm)
+    assert_near(engine, truth.model, relative=0)  # they begin alike, bit for bit
+    for _, (ids, targets) in zip(range(steps), batches(), strict=False):
+        norm, applied = step(engine, ids, targets, world)
+        expected = truth.step(ids, targets)
+        assert applied
+        allowed = 1e-5 if relative <= 1e-5 else 3e-2
+        assert abs(norm - expected) <= allowed * expected, f"gradient norm {norm} and not {expected}"
+    assert_near(engine, truth.model, relative)
+    return engine
+
+
+def saved(engine: FSDPEngine) -> dict[str, Tensor]:
+    return {name: run.local.clone() for name, run in engine.state().items()}
+
+
+def assert_same_state(engine: FSDPEngine, expected: dict[str, Tensor]) -> None:
+    given = saved(engine)
+    assert given.keys() == expected.keys()
+    for name, tensor in given.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@torch.no_grad()
+def logits(decoder: nn.Module, ids: Tensor) -> Tensor:
+    result: Tensor = decoder(ids, None, lambda hidden, head: head(hidden))
+    return result
+
+
+# ------------------------------------------------------------------------------------ the checks
+
+
+def trains_as_one_process(relative: float = 1e-6, **overrides: Any) -> Callable[[World], None]:
+    def check(world: World) -> None:
+        compare(recipe(**overrides), world, relative=relative)
+
+    return check
+
+
+def bf16_mixed_is_near_float32_and_computes_in_bf16(world: World) -> None:
+    engine = compare(recipe(precision="bf16_mixed"), world, relative=2e-2)
+    for name, run in engine.state().items():
+        assert run.local.dtype == torch.float32, name
+    assert engine.describe().endswith("bf16_mixed")
+    with engine.evaluating():
+        assert logits(engine.model, next(batches())[0]).dtype == torch.bfloat16
+
+
+def other_precisions(world: World) -> None:
+    compare(recipe(precision="bf16_autocast"), world, relative=2e-2)
+    asked = recipe(precision="bf16")
+    engine = FSDPEngine(blueprint(asked), asked, world)
+    for _, (ids, targets) in zip(range(2), batches(), strict=False):
+        assert step(engine, ids, targets, world)[1]
+    assert {tensor.dtype for name, tensor in engine.full_parameters()} == {torch.bfloat16}
+
+
+def adapters_train_over_a_frozen_base(world: World) -> None:
+    def adapted() -> Decoder:
+        decoder = tiny.decoder(seed=1, vocab_size=97)
+        torch.manual_seed(2)
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+        inject_adapter_in_model(config, decoder.hf)
+        return decoder
+
+    asked = recipe()
+    engine, truth = FSDPEngine(Blueprint(adapted()), asked, world), Truth(adapted())
+    before = {name: tensor.clone() for name, tensor in engine.full_parameters()}
+    for _, (ids, targets) in zip(range(4), batches(), strict=False):
+        norm, _ = step(engine, ids, targets, world)
+        assert norm == pytest.approx(truth.step(ids, targets), rel=1e-5)
+    assert_near(engine, truth.model)
+    for name, tensor in engine.full_parameters():
+        assert torch.equal(tensor, before[name]) is ("lora" not in name), name
+    assert {name.split(".")[0] for name in engine.state()} == {"model", "optimizer"}
+    assert all("lora" in name for name in engine.state())  # the base is the recipe's, and in no checkpoint
+
+
+def a_forward_without_backward_leaves_nothing_stale(**options: Any) -> Callable[[World], None]:
+    """The next forward must gather what the optimizer wrote, in evaluation and outside of it."""
+
+    def check(world: World) -> None:
+        asked = recipe(engine=options)
+        engine, truth = FSDPEngine(blueprint(asked), asked, world), Truth(whole(asked))
+        ids, targets = next(batches())
+        own = ids[world.rank :: world.size], targets[world.rank :: world.size]
+        for index in range(4):
+            if index in (0, 3):  # in between the next forward comes right after the step
+                with engine.evaluating():
+                    given = logits(engine.model, ids)
+                torch.testing.assert_close(given, logits(truth.model, ids), rtol=1e-4, atol=1e-5)
+            with engine.accumulate(last=True):
+                engine.backward(loss_sum(engine.model, *own) / num_counted(targets))
+            logits(engine.model, ids)  # of a rollout: it gathers what the optimizer is about to change
+            engine.step(LR)
+            truth.step(ids, targets)
+        assert_near(engine, truth.model)
+        assert all(isinstance(p, DTensor) for p in engine.model.parameters())
+
+    return check
+
+
+def a_step_that_is_not_finite_is_skipped_on_all_ranks(world: World) -> None:
+    asked = recipe(ema={"decay": 0.9})
+    engine = FSDPEngine(blueprint(asked), asked, world)
+    source = batches()
+    step(engine, *next(source), world)
+    before = saved(engine)
+    norm, applied = step(engine, *next(source), world, scale=float("nan") if world.rank == 0 else 1.0)
+    assert not applied and norm != norm
+    assert_same_state(engine, before)
+    assert step(engine, *next(source), world)[1]
+    assert all(p.grad is None for p in engine.model.parameters())
+
+
+def averaged_weights(world: World) -> None:
+    asked = recipe(ema={"decay": 0.9})
+    engine, truth = FSDPEngine(blueprint(asked), asked, world), Truth(whole(asked))
+    averages = {name: p.detach().clone() for name, p in truth.model.named_parameters()}
+    for n, (ids, targets) in zip(range(1, 5), batches(), strict=False):
+        step(engine, ids, targets, world)
+        truth.step(ids, targets)
+        for name, p in truth.model.named_parameters():
+            averages[name].lerp_(p.detach(), 1 - min(0.9, (1 + n) / (10 + n)))
+    own = copy.deepcopy(truth.model)
+    truth.model.load_state_dict(averages)
+    assert_near(engine, truth.model)
+    ids = next(batches())[0]
+    before = saved(engine)
+    with engine.evaluating():
+        torch.testing.assert_close(logits(engine.model, ids), logits(truth.model, ids), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(engine.model, ids), logits(own, ids), rtol=1e-4, atol=1e-5)
+    engine.state_loaded()
+    assert_same_state(engine, before)  # its own come back bit for bit
+
+
+def state_continues_bit_for_bit(**overrides: Any) -> Callable[[World], None]:
+    def check(world: World) -> None:
+        asked = recipe(ema={"decay": 0.9}, **overrides)
+        first = FSDPEngine(blueprint(asked), asked, world)
+        complete = set(first.state())
+        source = batches()
+        for _ in range(2):
+            step(first, *next(source), world)
+        assert set(first.state()) == complete
+        kept, rest = saved(first), [next(source) for _ in range(2)]
+        for batch in rest:
+            step(first, *batch, world)
+        other = asked.model_copy(update={"seed": 5})
+        second = FSDPEngine(blueprint(other), other, world)
+        with second.evaluating():
+            logits(second.model, rest[0][0])  # a forward before the load leaves nothing stale either
+        for name, run in second.state().items():
+            run.local.copy_(kept[name])
+        second.state_loaded()
+        for batch in rest:
+            step(second, *batch, world)
+        assert_same_state(second, saved(first))
+
+    return check
+
+
+def shards_cover_the_whole(**overrides: Any) -> Callable[[World], None]:
+    """Every element of every tensor is in just one run, but for replicas, at the place that is told."""
+
+    def check(world: World) -> None:
+        asked = recipe(architecture="qwen3", fields=QWEN3, **overrides)
+        engine, truth = FSDPEngine(blueprint(asked), asked, world), whole(asked)
+        step(engine, *next(batches()), world)
+        truth.load_state_dict(dict(engine.full_parameters()))
+        state = engine.state()
+        expected = {f"model.{name}": p.detach() for name, p in truth.named_parameters()}
+        names = {*expected}
+        for name in list(expected):
+            bare = name.removeprefix("model.")
+            names |= {f"optimizer.{bare}.{key}" for key in ("exp_avg", "exp_avg_sq", "step")}
+        assert state.keys() <= names
+        for name, run in state.items():
+            assert run.local.is_contiguous()
+            if name in expected:
+                flat = expected[name].flatten()
+                assert torch.equal(flat[run.start : run.start + run.local.numel()], run.local.flatten()), name
+        runs: list[dict[str, tuple[int, int, tuple[int, ...], int, int]]] = gather_objects(
+            {name: (r.start, r.local.numel(), r.shape, r.replica, r.replicas) for name, r in state.items()}
+        )
+        assert {name for of_rank in runs for name in of_rank} == names
+        assert any(set(of_rank) != names for of_rank in runs) is (world.size == 4 and asked.engine.shard_size is None)
+        for name in names:
+            pieces = [of_rank[name] for of_rank in runs if name in of_rank]
+            shapes, replicas = {piece[2] for piece in pieces}, {piece[4] for piece in pieces}
+            assert len(shapes) == len(replicas) == 1
+            size, copies = torch.Size(shapes.pop()).numel(), replicas.pop()
+            for replica in range(copies):
+                end = 0
+                for start, length, *_ in sorted(piece for piece in pieces if piece[3] == replica):
+                    assert start == end
+                    end += length
+                assert end == size, name
+
+    return check
+
+
+def a_frozen_copy_beside_two_trained_models(world: World) -> None:
+    """A reference, a policy and a critic whose head is one more module in the decoder."""
+    asked = recipe()
+    reference = FSDPFrozen(blueprint(asked), asked, world)
+    policy = FSDPEngine(blueprint(asked), asked, world)
+
+    def with_value_head() -> Decoder:
+        decoder = tiny.decoder(seed=7, vocab_size=97)
+        decoder.value = nn.Linear(32, 1)
+        return decoder
+
+    critic, truth = FSDPEngine(Blueprint(with_value_head()), asked, world), Truth(with_value_head())
+
+    def value_loss(model: nn.Module, ids: Tensor) -> Tensor:
+        # Only this rank's head is used of all that the root holds: lm_head has no gradient anywhere.
+        loss: Tensor = model(ids, None, lambda hidden, head: model.value(hidden).square().sum())
+        return loss
+
+    ids, targets = next(batches())
+    start = whole(asked)
+    for _ in range(3):
+        step(policy, ids, targets, world)
+        with critic.accumulate(last=True):
+            critic.backward(value_loss(critic.model, ids[world.rank :: world.size]) / 100)
+        norm = critic.step(LR).grad_norm
+        truth.optimizer.zero_grad()
+        (value_loss(truth.model, ids) / 100).backward()
+        for p in truth.parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(truth.parameters, 0.5).item(), rel=1e-5)
+        truth.optimizer.step()
+        with reference.evaluating():
+            assert torch.equal(logits(reference.model, ids), logits(start, ids))
+    assert_near(critic, truth.model)
+    assert_near(reference, start, relative=0)
+    assert not any(p.requires_grad for p in reference.model.parameters())
+    with pytest.raises(AssertionError):
+        assert_near(policy, start)
+
+
+def reductions_wait_for_the_last_micro_batch(world: World) -> None:
+    """CommDebugMode counts the collectives that FSDP issues."""
+    asked = recipe()
+    engine = FSDPEngine(blueprint(asked), asked, world)
+    ids, targets = next(batches())
+    own = ids[world.rank :: world.size], targets[world.rank :: world.size]
+    step(engine, ids, targets, world)
+    units = 3  # two layers and the rest
+    for last in (False, False, True):
+        with CommDebugMode() as counts, engine.accumulate(last):
+            engine.backward(loss_sum(engine.model, *own))
+        ops = {str(operation).rpartition(".")[2]: count for operation, count in counts.get_comm_counts().items()}
+        reduced = sum(count for name, count in ops.items() if "reduce" in name)
+        gathered = sum(count for name, count in ops.items() if "gather" in name)
+        assert reduced == (units if last else 0), ops
+        assert gathered == units + 2, ops  # the layers once more for backward, the rest is kept
+    engine.step(LR)
+
+
+def no_rank_holds_the_whole_model(world: World) -> None:
+    """Peak of resident memory while sharding, by the kernel's own high-water mark."""
+    big = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 24}
+    asked = recipe(fields=big)
+    made = blueprint(asked)
+    size = sum(p.numel() * 4 for p in made.decoder.parameters())
+    assert size > 240 * 2**20
+    seen: list[tuple[int, int]] = []
+
+    def watch(layer: nn.Module, index: int) -> None:
+        seen.append((index, sum(not p.is_meta for other in made.layers[index + 1 :] for p in other.parameters())))
+
+    original = made.materialise
+
+    def materialise(module: nn.Module, device: torch.device) -> None:
+        original(module, device)
+        if module in made.layers:
+            watch(module, made.layers.index(module))
+
+    made.materialise = materialise  # type: ignore[method-assign]
+    Path("/proc/self/clear_refs").write_text("5")  # the mark begins again at what is used now
+    before = _memory("VmRSS")
+    sharded = shard(made, asked, world)
+    grown = _memory("VmHWM") - before
+    assert seen == [(index, 0) for index in range(24)]  # later layers have no storage yet
+    assert grown < size / world.size + 0.2 * size, f"{grown / 2**20:.0f} of {size / 2**20:.0f} MiB"
+    assert sum(p.to_local().numel() for p in sharded.decoder.parameters()) * 4 <= size / world.size * 1.01
+
+
+def _memory(field: str) -> int:
+    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def asked_equals_runs(world: World) -> None:
+    asked = recipe()
+    made = blueprint(asked)
+    sharded = shard(made, asked, world)
+    sharded.check(made)
+    for other, message in (
+        (recipe(engine={"shard_size": 1}), "the ranks are .* and not"),
+        (recipe(precision="bf16"), "is torch.float32 and not torch.bfloat16"),
+    ):
+        sharded._recipe = other
+        with pytest.raises(TrainingError, match=f"engine fsdp does not run as asked: .*{message}"):
+            sharded.check(made)
+    sharded._recipe = asked
+    made.layers[1] = nn.Linear(1, 1)
+    with pytest.raises(TrainingError, match="layer 1 is no unit of its own"):
+        sharded.check(made)
+
+
+def names_are_the_decoders_own(world: World) -> None:
+    asked = recipe(fields=tiny.LLAMA | {"tie_word_embeddings": True}, engine={"activation_checkpointing": "full"})
+    engine, truth = FSDPEngine(blueprint(asked), asked, world), whole(asked)
+    assert [name for name, _ in engine.full_parameters()] == list(truth.state_dict())
+    assert {name for name in engine.state() if name.startswith("model.")} == {
+        f"model.{name}" for name, _ in truth.named_parameters()
+    }
+    decoder = engine.model
+    assert isinstance(decoder, Decoder) and isinstance(decoder, FSDPModule)
+    assert decoder.num_layers() == 2
+    assert decoder.hf.get_input_embeddings().weight is decoder.hf.get_output_embeddings().weight
+    assert engine.describe() == f"fsdp: {world.size} ranks on cpu, fp32"
+
+
+def hybrid_groups(world: World) -> None:
+    asked = recipe(engine={"shard_size": 2})
+    engine = compare(asked, world)
+    assert engine.describe() == "fsdp: 2 x 2 ranks (replicate x shard) on cpu, fp32"
+    mesh = next(engine.model.parameters()).device_mesh  # type: ignore[attr-defined]
+    assert mesh.mesh_dim_names == ("replicate", "shard")
+    for group in mesh.get_all_groups():
+        assert group._get_backend(CPU).options._timeout == timedelta(seconds=60)  # and not torch's half hour
+    run = engine.state()["model.hf.lm_head.weight"]
+    assert isinstance(run, Shard)
+    assert (run.start, run.replica, run.replicas) == (49 * 32 * (world.rank % 2), world.rank // 2, 2)
+
+
+def groups_are_made_once(world: World) -> None:
+    """A communicator costs memory on every GPU: neither models nor layers may each have their own."""
+    for engine in ({"shard_size": 2}, {"reshard_after_forward": 2}):
+        asked = recipe(engine=engine, fields=tiny.LLAMA | {"num_hidden_layers": 4})
+        FSDPEngine(blueprint(asked), asked, world)
+        before = len(dist.distributed_c10d._world.pg_map)
+        FSDPEngine(blueprint(asked), asked, world)
+        assert len(dist.distributed_c10d._world.pg_map) == before
+
+
+CHECKS: dict[int, dict[str, Callable[[World], None]]] = {
+    2: {
+        "plain": trains_as_one_process(),
+        "clipping_off": trains_as_one_process(optimizer={"clip_norm": None}),
+        "clipping_hard": trains_as_one_process(optimizer={"clip_norm": 0.01}),
+        "tied_embeddings": trains_as_one_process(fields=tiny.LLAMA | {"tie_word_embeddings": True}),
+        "gpt2": trains_as_one_process(
+            architecture="gpt2",
+            fields={"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        ),
+        "qwen3": trains_as_one_process(architecture="qwen3", fields=QWEN3),
+        "cpu_offload": trains_as_one_process(engine={"cpu_offload": True}),
+        "kept_after_forward": trains_as_one_process(engine={"reshard_after_forward": False}),
+        "prefetch": trains_as_one_process(engine={"prefetch": 2}),
+        "shards_of_one": trains_as_one_process(engine={"shard_size": 1}),
+        "checkpointing_full": trains_as_one_process(engine={"activation_checkpointing": "full"}),
+        "checkpointing_selective": trains_as_one_process(engine={"activation_checkpointing": "selective"}),
+        "bf16_mixed": bf16_mixed_is_near_float32_and_computes_in_bf16,
+        "other_precisions": other_precisions,
+        "adapters": adapters_train_over_a_frozen_base,
+        "stale": a_forward_without_backward_leaves_nothing_stale(),
+        "stale_when_kept": a_forward_without_backward_leaves_nothing_stale(reshard_after_forward=False),
+        "not_finite": a_step_that_is_not_finite_is_skipped_on_all_ranks,
+        "averaged": averaged_weights,
+        "state": state_continues_bit_for_bit(),
+        "state_offloaded": state_continues_bit_for_bit(engine={"cpu_offload": True}),
+        "cover": shards_cover_the_whole(),
+        "several_models": a_frozen_copy_beside_two_trained_models,
+        "reductions": reductions_wait_for_the_last_micro_batch,
+        "memory": no_rank_holds_the_whole_model,
+        "asked_equals_runs": asked_equals_runs,
+        "names": names_are_the_decoders_own,
+    },
+    4: {
+        "plain": trains_as_one_process(),
+        "qwen3": trains_as_one_process(architecture="qwen3", fields=QWEN3),
+        "hybrid": hybrid_groups,
+        "hybrid_bf16_mixed": trains_as_one_process(engine={"shard_size": 2}, precision="bf16_mixed", relative=2e-2),
+        "resharded_to_two": trains_as_one_process(engine={"reshard_after_forward": 2}),
+        "stale_when_resharded_to_two": a_forward_without_backward_leaves_nothing_stale(reshard_after_forward=2),
+        "stale_hybrid": a_forward_without_backward_leaves_nothing_stale(shard_size=2),
+        "averaged": averaged_weights,
+        "state": state_continues_bit_for_bit(architecture="qwen3", fields=QWEN3),
+        "state_hybrid": state_continues_bit_for_bit(engine={"shard_size": 2}),
+        "cover": shards_cover_the_whole(),
+        "cover_hybrid": shards_cover_the_whole(engine={"shard_size": 2}),
+        "groups": groups_are_made_once,
+    },
+}
+SLOW: dict[str, Callable[[World], None]] = {"compiled": trains_as_one_process(engine={"compile": True}, relative=1e-5)}
+
+
+# --------------------------------------------------------------------------------- the processes
+
+
+def launch(directory: Path, ranks: int, names: list[str]) -> dict[str, str]:
+    """What became of each check: "" where it holds on all ranks, else what failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for rank in range(ranks):
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        environment = os.environ | {name: str(number) for name, number in numbers.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back, so that memory can be measured
+        command = [sys.executable, "-m", "tests.distributed.test_fsdp", str(directory), str(ranks), *names]
+        with (directory / f"{rank}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+    for process in processes:
+        process.wait()
+    logs = "\n".join((directory / f"{rank}.log").read_text()[-3000:] for rank in range(ranks))
+    results = {}
+    for name in names:
+        files = [directory / f"{name}-{rank}" for rank in range(ranks)]
+        texts = [file.read_text() if file.exists() else "never ran" for file in files]
+        results[name] = "\n".join(text for text in texts if text)
+        if "never ran" in texts:
+            results[name] += logs
+    return results
+
+
+def main(directory: Path, ranks: int, names: list[str]) -> None:
+    with joined("cpu", 60) as world:
+        for name in names:
+            problem = ""
+            try:
+                (CHECKS[ranks] | SLOW)[name](world)
+            except BaseException:  # noqa: BLE001 - whatever it is, the other ranks wait
+                problem = f"rank {world.rank}:\n{traceback.format_exc()}"
+            (directory / f"{name}-{world.rank}").write_text(problem)
+            if problem:
+                os._exit(1)
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return launch(tmp_path_factory.mktemp("two"), 2, list(CHECKS[2]))
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return launch(tmp_path_factory.mktemp("four"), 4, list(CHECKS[4]))
+
+
+@pytest.mark.parametrize("check", CHECKS[2])
+def test_two_ranks(of_two: dict[str, str], check: str) -> None:
+    assert not of_two[check], of_two[check]
+
+
+@pytest.mark.parametrize("check", CHECKS[4])
+def test_four_ranks(of_four: dict[str, str], check: str) -> None:
+    assert not of_four[check], of_four[check]
+
+
+@pytest.mark.slow
+def test_compiled_layers(tmp_path: Path) -> None:
+    result = launch(tmp_path, 2, ["compiled"])["compiled"]
+    assert not result, result
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

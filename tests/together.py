@@ -1,0 +1,66 @@
+"""Many runs of several ranks in one set of processes: importing torch costs more than a tiny run.
+
+usage of a rank: python -m tests.together JOBS.json, with the environment that torchrun would give
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmtrain.recipe.loading import load_recipe
+
+
+def train_together(jobs: Sequence[tuple[Path, Sequence[str]]], ranks: int) -> list[Path]:
+    """Trains each (recipe, overrides) to its end on `ranks` processes, one job after another; their run directories."""
+    if not jobs:
+        return []
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "jobs.json"
+        # A store of its own for each job: keys of the one before would answer for the next.
+        file.write_text(json.dumps([[str(recipe), list(overrides), _free_port()] for recipe, overrides in jobs]))
+        processes = []
+        for rank in range(ranks):
+            log = (Path(name) / f"{rank}.log").open("w+")
+            environment = os.environ | {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "OMP_NUM_THREADS": "1",
+            }
+            command = [sys.executable, "-m", "tests.together", str(file)]
+            processes.append((subprocess.Popen(command, stdout=log, stderr=log, env=environment), log))
+        codes = [process.wait() for process, _ in processes]
+        outputs = []
+        for _, log in processes:
+            log.seek(0)
+            outputs.append(log.read())
+            log.close()
+        assert codes == [0] * ranks, "\n".join(output[-6000:] for output in outputs)
+    return [load_recipe(recipe, overrides).recipe.run_directory for recipe, overrides in jobs]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def main(file: Path) -> None:
+    from llmtrain import run
+
+    for recipe, overrides, port in json.loads(file.read_text()):
+        os.environ["MASTER_PORT"] = str(port)
+        code = run.train(load_recipe(recipe, overrides))
+        assert code == 0, f"{overrides}: exit code {code}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
