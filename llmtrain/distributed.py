@@ -153,7 +153,8 @@ def cpu_group(timeout_seconds: float) -> dist.ProcessGroup | None:
     """A group of all ranks for CPU tensors and objects, apart from the one that trains; None in one process."""
     if not dist.is_initialized():
         return None
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    return group
 
 
 def barrier() -> None:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp._fully_shard import _fully_shard as internals
 from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ByRows
+from torch.torch_version import TorchVersion
 
 from llmtrain.contracts import Shard, StepResult
 from llmtrain.distributed import World
@@ -34,7 +35,8 @@ from llmtrain.recipe.schema import Recipe
 
 log = logging.getLogger(__name__)
 
-_HAS_UNUSED = torch.__version__ >= (2, 13)  # before, experts without tokens on one rank only end the run in gloo
+# Before 2.13 an expert without tokens on one rank only ends the run.
+_HAS_UNUSED = TorchVersion(torch.__version__) >= "2.13"
 _MESH_INFO = "_get_post_forward_mesh_info"  # of torch's own: see _one_mesh_to_reshard_to
 
 

@@ -18,7 +18,7 @@ from llmtrain.contracts import POLICY, LossOutput, MicroBatch, Sample, Sum
 from llmtrain.engines.replicated import ReplicatedEngine
 from llmtrain.errors import TrainingError
 from llmtrain.loop import Loop
-from llmtrain.models.decoder import Decoder
+from llmtrain.models.blueprint import Blueprint
 from llmtrain.observe.flops import Peak
 from llmtrain.observe.metrics import read_metrics
 from llmtrain.observe.observer import Observer
@@ -100,13 +100,13 @@ class Run:
         self.engines = {name: engine(self.recipe, seed) for name, seed in (models or {POLICY: 0}).items()}
         self.directory, self.algorithm, self.stop = directory, algorithm, StopRequest()
         directory.mkdir(exist_ok=True)
-        self.store = CheckpointStore(directory / "checkpoints", self.recipe.checkpoint.keep, tiny.ALONE)
+        self.store = CheckpointStore(directory / "checkpoints", self.recipe.checkpoint, tiny.ALONE)
         self.loop = Loop(self.recipe, algorithm, self.engines, steps, self.store, self.stop)
 
     def resumed(self) -> "Run":
         newest = self.store.newest()
         assert newest is not None
-        self.loop.progress = restore_state(self.store.load(newest), self.engines, self.algorithm, 0, tiny.ALONE)
+        self.loop.progress = restore_state(self.store, newest, self.engines, self.algorithm, 0, tiny.ALONE)
         return self
 
     def stopping_in(self, step: int) -> "Run":
@@ -124,7 +124,8 @@ class Run:
     def go(self) -> bool:
         begun = self.loop.progress.step
         peak = Peak(1e9, "no measure")
-        with Observer(self.directory, tiny.ALONE, self.loop.num_steps, begun, peak, 1.0, tensorboard=False) as observer:
+        observer = Observer(self.directory, tiny.ALONE, self.loop.num_steps, begun, peak, 1.0, tensorboard=False)
+        with self.store, observer:  # as a run has them: a save that is under way when it fails is finished
             return self.loop.run(observer)
 
     def weights(self, name: str = POLICY) -> list[Tensor]:
@@ -134,13 +135,24 @@ class Run:
         return read_metrics(self.directory / "metrics.jsonl")
 
     def saved(self) -> list[str]:
+        self.store.wait()  # for the one that is being written behind the loop
         return sorted(path.name for path in (self.directory / "checkpoints").iterdir())
+
+
+class Made:
+    """What an engine asks of a blueprint, of a module that is there."""
+
+    def __init__(self, decoder: nn.Module):
+        self.decoder = decoder
+
+    def materialise(self, module: nn.Module, device: torch.device) -> None:
+        module.to(device)
 
 
 def engine(recipe: Recipe, seed: int) -> ReplicatedEngine:
     """The real engine around a model that is no decoder; what it asks of one beside layers is any module's."""
     torch.manual_seed(seed)
-    return ReplicatedEngine(cast(Decoder, nn.Linear(3, 1)), recipe, tiny.ALONE)
+    return ReplicatedEngine(cast(Blueprint, Made(nn.Linear(3, 1))), recipe, tiny.ALONE)
 
 
 def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
