@@ -26,6 +26,7 @@ from llmtrain.recipe.problems import RecipeError
 from llmtrain.recipe.resolved import resolved_dump
 from llmtrain.recipe.schema import ModelFromConfig, ModelFromGGUF, Recipe, SentencePieceTokenizer
 from llmtrain.recipe.shipped import recipe_names
+from llmtrain.signals import end_with_launcher
 
 SECONDS_FOR_RANK_0 = 5
 
@@ -63,6 +64,7 @@ class Settings:
 @outliving_the_console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line, by default this process's; returns its exit code or raises SystemExit."""
+    end_with_launcher()
     settings = Settings()
     if isinstance(sys.stdout, io.TextIOWrapper):  # it is None where it was closed
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: not every terminal takes every character

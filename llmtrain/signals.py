@@ -1,5 +1,6 @@
 """Being asked to stop: by Slurm, torchrun, a spot instance, or a person at the keyboard."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -9,12 +10,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
 # SIGUSR1 is what sbatch --signal sends ahead of the time limit; SIGTERM comes with preemption; SIGHUP
 # when the terminal is closed.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # Launchers pass on what they get themselves, so that one request may arrive twice: Slurm sends to
 # every process of a job, and torchrun sends the same to its workers again.
 ECHO_SECONDS = 2.0
+
+
+def end_with_launcher() -> None:
+    """Has the kernel send SIGTERM when torchrun is killed; to be called as early as can be.
+
+    Its ranks are sessions of their own: they would go on with nobody looking after them, or wait
+    for its store for ever. With it they save and end, or end at once where nothing has begun.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopRequest:

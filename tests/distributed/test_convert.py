@@ -37,6 +37,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.slow
 def test_deepspeed_goes_on_from_it_as_we_do(stage: int, directory: Path) -> None:
     run, result = directory / "runs" / "tiny", directory / f"result-{stage}.safetensors"
     arguments = [directory / "recipe.yaml", run, directory / "universal", stage, result]

@@ -1,5 +1,6 @@
 """Runs that are killed or told to stop, and started again with the same command."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -36,7 +37,7 @@ def assert_undisturbed(run, undisturbed):
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == list(range(41))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_run_again_it_ends_the_same(undisturbed, seed, tmp_path):
     recipe = write_recipe(tmp_path, **SETTINGS)
     run = tmp_path / "runs" / "tiny"
@@ -60,6 +61,17 @@ def ranks_of(process):
     return [int(pid) for pid in children.stdout.split()] or [process.pid]
 
 
+def test_ranks_whose_launcher_is_killed_save_and_end(tmp_path):
+    recipe = write_recipe(tmp_path, **(SETTINGS | {"steps": 100000, "batch": {"sequences": 8, "micro_sequences": 4}}))
+    run = tmp_path / "runs" / "tiny"
+    process = start(recipe, ranks=2)
+    wait_until_trained(run / "metrics.jsonl", process, 2)
+    os.kill(process.pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)  # the ranks hold its pipe open until they end
+    assert "the same command goes on from there" in output
+    assert list((run / "checkpoints").glob("step-*"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("fsdp", 2)])
@@ -81,10 +93,11 @@ def test_killed_again_and_again_anywhere_in_its_life_it_ends_the_same(engine, ra
         try:
             process.wait(timeout=lifetime * chooser.uniform(0.2, 0.95))
         except subprocess.TimeoutExpired:
-            if chooser.random() < 0.5:
-                os.kill(chooser.choice(ranks_of(process)), signal.SIGKILL)  # the others must notice, and end
-            else:
-                os.killpg(process.pid, signal.SIGKILL)
+            all_ranks = ranks_of(process)
+            one = chooser.choice([process.pid, *all_ranks])  # the others must notice, and end
+            for pid in [one] if chooser.random() < 0.5 else [process.pid, *all_ranks]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             kills += 1
         output, _ = process.communicate(timeout=120)
         if (run / "final").exists():
@@ -99,7 +112,9 @@ def test_killed_again_and_again_anywhere_in_its_life_it_ends_the_same(engine, ra
     assert_undisturbed(run, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGUSR1, signal.SIGINT))]
+)
 def test_a_signal_leads_to_a_checkpoint_exit_75_and_resume(undisturbed, number, tmp_path):
     recipe = write_recipe(tmp_path, **(SETTINGS | {"checkpoint": {"every": 1000, "keep": 2}}))
     run = tmp_path / "runs" / "tiny"

@@ -33,7 +33,7 @@ def test_accumulation_changes_nothing(whole, micro, tmp_path):
     assert_same_run(train_here(recipe, f"output_dir={tmp_path}", f"batch.micro_sequences={micro}"), reference)
 
 
-@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize("micro", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_two_ddp_ranks_change_nothing(whole, micro, tmp_path):
     recipe, reference = whole
     overrides = (f"output_dir={tmp_path}", f"batch.micro_sequences={micro}", "engine.kind=ddp")

@@ -57,6 +57,7 @@ def test_resumed_equals_undisturbed_bit_for_bit(settings, tmp_path):
     assert a == b
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_bit_for_bit(tmp_path):
     recipe = write_recipe(tmp_path, batch={"sequences": 8, "micro_sequences": 2})
     whole = train_apart(recipe, ranks=2)
@@ -65,6 +66,7 @@ def test_two_ranks_resume_bit_for_bit(tmp_path):
     assert_same(training_state(resumed, 6), training_state(whole, 6))
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on(tmp_path):
     """From two ranks to one: no longer the same bits, still the same run."""
     recipe = write_recipe(tmp_path)

@@ -114,5 +114,5 @@ def test_there_are_no_jumps(schedule: AnySchedule) -> None:
 )
 def test_warm_up_and_decay_must_fit_into_the_run(schedule: Cosine | WSD) -> None:
     check_steps(schedule, 11)
-    with pytest.raises(InputError, match=r"schedule: .* 11 in all, and the run has 10 steps"):
+    with pytest.raises(InputError, match=r"schedule: .* \(11\) exceeds steps \(10\)"):
         check_steps(schedule, 10)

@@ -107,6 +107,7 @@ def test_further_settings_are_passed_on(tmp_path: Path) -> None:
         "zero_hpz_partition_size": 1,
         "zero_quantized_weights": False,
         "zero_quantized_gradients": False,
+        "use_multi_rank_bucket_allreduce": False,  # ours: gradients go to their owner only
     }
     assert made["wall_clock_breakdown"] is True
     assert made["aio"] == {"thread_count": 2}
