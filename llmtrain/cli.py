@@ -20,7 +20,7 @@ from llmtrain.cli_loading import loading
 from llmtrain.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, LLMTrainError, RankLost, TrainingError
 from llmtrain.observe.streams import outliving_the_console
 from llmtrain.recipe.batch import plan_batch
-from llmtrain.recipe.layout import check_layout
+from llmtrain.recipe.layout import check_layout, smallest_world
 from llmtrain.recipe.loading import LoadedRecipe, load_recipe, recipe_file
 from llmtrain.recipe.problems import RecipeError
 from llmtrain.recipe.resolved import resolved_dump
@@ -328,7 +328,9 @@ def recipes_copy(
 @recipes_app.command("validate", epilog="Example: llmtrain recipes validate mine.yaml steps=10 --world-size 8")
 def recipes_validate(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE|KEY=VALUE", help="Files or names; settings.")],
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks to split the global batch over.")] = 1,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to split the global batch over; else the fewest that can run it.")
+    ] = None,
 ) -> None:
     """Check recipes without loading anything, and show what is derived from them.
 
@@ -348,8 +350,9 @@ def recipes_validate(
     raise typer.Exit(EXIT_BAD_INPUT if failed else 0)
 
 
-def _derived(loaded: LoadedRecipe, world_size: int) -> str:
+def _derived(loaded: LoadedRecipe, asked_world_size: int | None) -> str:
     recipe = loaded.recipe
+    world_size = asked_world_size or smallest_world(recipe)
     with loaded.errors_located():
         check_layout(recipe, world_size, None if recipe.device == "auto" else recipe.device)
         plan = plan_batch(recipe, world_size)

@@ -21,6 +21,17 @@ def check_layout(recipe: Recipe, world_size: int, device: str | None = None) -> 
         raise RecipeError(recipe.name, problems)
 
 
+def smallest_world(recipe: Recipe) -> int:
+    """The least number of ranks that the recipe's engine runs on, to check a recipe by before ranks are known."""
+    engine = recipe.engine
+    if isinstance(engine, FSDPEngine):
+        kept = engine.reshard_after_forward
+        return max(2, engine.shard_size or (1 if isinstance(kept, bool) else kept))
+    if isinstance(engine, DeepSpeedEngine) and engine.zero_plus_plus is not None:
+        return engine.zero_plus_plus.hpz_partition_size
+    return 2 if engine.kind == "ddp" else 1
+
+
 def _of_ranks(recipe: Recipe, world_size: int) -> list[Problem]:
     engine = recipe.engine
     if engine.kind == "single" and world_size > 1:

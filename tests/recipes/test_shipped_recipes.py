@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtrain.recipe.batch import plan_batch
+from llmtrain.recipe.layout import check_layout, smallest_world
 from llmtrain.recipe.loading import load_recipe
 from llmtrain.recipe.schema import ModelFromConfig, SentencePieceTokenizer
 from llmtrain.recipe.shipped import find_recipe, launch_directory, recipe_names, recipes_directory
@@ -32,6 +33,7 @@ def test_recipe_is_valid(name: str) -> None:
     text = loaded.path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 40
     assert "Worth touching:" in text
+    check_layout(loaded.recipe, smallest_world(loaded.recipe))
     for world_size in (1, 2, 8):
         plan_batch(loaded.recipe, world_size)
 
