@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from llmtrain import __version__
+from llmtrain import __version__, cli_use
 from llmtrain.cli_checkpoint import checkpoint_app
+from llmtrain.cli_data import data_app
 from llmtrain.cli_loading import loading
 from llmtrain.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, LLMTrainError, RankLost, TrainingError
 from llmtrain.observe.streams import outliving_the_console
@@ -44,6 +45,7 @@ recipes_app = typer.Typer(help="List, show, copy and validate recipes.", no_args
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(data_app, name="data")
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a shipped recipe.", show_default=False)
@@ -171,32 +173,7 @@ def quickstart(
     raise typer.Exit(run_quickstart(output, overrides or []))
 
 
-@app.command(epilog="Example: llmtrain generate runs/quickstart --prompt 'def main():' --temperature 0.7")
-def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run or model directory, or a hub name.")],
-    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="Text to continue; may be given several times.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling; 1 is off.")] = 1.0,
-    num: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto is cuda where there is one.")] = "auto",
-) -> None:
-    """Let a trained model continue texts."""
-    with loading():
-        from llmtrain.sampling import command
-
-    code = command.generate(
-        model,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        num=num,
-        seed=seed,
-        device=device,
-    )
-    raise typer.Exit(code)
+cli_use.register(app)
 
 
 @tokenizer_app.command("train", epilog="Example: llmtrain tokenizer train quickstart --output my-tokenizer")
@@ -357,7 +334,11 @@ def _derived(loaded: LoadedRecipe, asked_world_size: int | None) -> str:
         check_layout(recipe, world_size, None if recipe.device == "auto" else recipe.device)
         plan = plan_batch(recipe, world_size)
     tokens = plan.sequences * recipe.sequence_length
-    length = f"{recipe.steps:,} steps" if recipe.steps is not None else f"{recipe.epochs:g} epochs"
+    length = (
+        f"{recipe.steps:,} steps"
+        if recipe.steps is not None
+        else f"{recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}"
+    )
     total = f", {recipe.steps * tokens:,} tokens in all" if recipe.steps is not None else ""
     return (
         f"{length}, global batch {plan.sequences} x {recipe.sequence_length} = {tokens:,} tokens, "

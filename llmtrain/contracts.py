@@ -13,7 +13,7 @@ a model nor a loss. Trainable models are keyed by name ("policy", later "critic"
 engines, loss sums and weights.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -158,11 +158,12 @@ class Engine(Protocol):
         """Evaluation mode without gradients, with the averaged weights where EMA is on."""
         ...
 
-    def full_parameters(self) -> Iterable[tuple[str, Tensor]]:
+    def full_parameters(self, names: Collection[str] | None = None) -> Iterable[tuple[str, Tensor]]:
         """Streams (name, whole tensor) of the weights to export, in the same order on all ranks.
 
-        At most one whole tensor lives at a time beside the engine's own memory: whoever wants more
-        copies it out before asking for the next.
+        Of these `names` only, where they are given: nothing else is gathered. At most one whole tensor
+        lives at a time beside the engine's own memory: whoever wants more copies it out before asking
+        for the next.
         """
         ...
 
@@ -193,7 +194,7 @@ class FrozenModel(Protocol):
         """Evaluation mode without gradients, in the recipe's precision."""
         ...
 
-    def full_parameters(self) -> Iterable[tuple[str, Tensor]]:
+    def full_parameters(self, names: Collection[str] | None = None) -> Iterable[tuple[str, Tensor]]:
         """As `Engine.full_parameters`."""
         ...
 

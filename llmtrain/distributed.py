@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, and not re-exported as types go
 
 from llmtrain.contracts import Sum
-from llmtrain.errors import InputError, RankLost
+from llmtrain.errors import InputError, RankLost, TrainingError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -105,16 +105,36 @@ def joined(wanted_device: str, timeout_seconds: int | None) -> Iterator[World]:
         # Where DeepSpeed is installed transformers imports it, and it would look for GPUs and warn of none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if size > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            timeout=None if timeout_seconds is None else timedelta(seconds=timeout_seconds),
-            device_id=device if device.type == "cuda" else None,
-        )
+        _join(device, timeout_seconds)
     try:
         yield World(rank, size, local_rank, local_size, device)
     finally:
         if dist.is_initialized():  # DeepSpeed makes a group for one process too
             dist.destroy_process_group()
+
+
+def _join(device: torch.device, timeout_seconds: int | None) -> None:
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=None if timeout_seconds is None else timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except ValueError as error:  # of the variables that say where
+        raise InputError(
+            f"the ranks cannot meet at {_meeting_place()}: {str(error).splitlines()[0]}",
+            where="environment",
+            remedy="start with torchrun; on several nodes give all of them the same --rdzv-endpoint",
+        ) from error
+    except dist.DistError as error:
+        raise TrainingError(
+            f"the ranks did not meet at {_meeting_place()}: {str(error).splitlines()[0]}\n  remedy: see why a rank did "
+            "not come (its own output); check that all nodes reach this address, and that no firewall is between them"
+        ) from error
+
+
+def _meeting_place() -> str:
+    return ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
 
 
 def _collective_device() -> torch.device:

@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from llmtrain import distributed
-from llmtrain.checkpoint.state import Progress, save_state
+from llmtrain.checkpoint.state import save_state
 from llmtrain.checkpoint.store import CheckpointStore
-from llmtrain.contracts import POLICY, Algorithm, Engine, MicroBatch, StepResult, Sum, mark_last
-from llmtrain.errors import TrainingError
+from llmtrain.contracts import POLICY, Algorithm, Engine, MicroBatch, Sum, mark_last
 from llmtrain.observe.observer import Observer
 from llmtrain.observe.phases import Phases
+from llmtrain.progress import Progress
 from llmtrain.recipe.schema import Recipe
 from llmtrain.schedule import learning_rate
 from llmtrain.signals import StopRequest
@@ -51,21 +51,26 @@ class Loop:
         self.device = self.engines[POLICY].device
 
     def run(self, observer: Observer) -> bool:
-        """Trains to the last step. Returns False when stopped before it, with a checkpoint saved."""
+        """Trains to the last step. Returns False when stopped before it, with a checkpoint saved.
+
+        Early stopping makes the step at which it strikes the last one.
+        """
         recipe, progress = self.recipe, self.progress
         stopping = distributed.on_any_rank(bool(self.stop))
         if progress.step == 0 and not stopping:
             observer.step({"step": 0, "time": time.time(), "tokens": 0} | self._evaluate(observer))
             stopping = distributed.on_any_rank(bool(self.stop))
         batches = self.algorithm.step_batches(progress.step)
-        while progress.step < self.num_steps and not stopping:
+        while not self._done() and not stopping:
             record, stopping = self._step(batches)
-            done = progress.step == self.num_steps
+            done = self._done()
             # When stopping nothing but the checkpoint: whoever sent the signal may not wait for more.
             evaluating = done or (not stopping and progress.step % recipe.evaluation.every == 0)
-            sampling = recipe.samples and (done or (not stopping and progress.step % recipe.samples.every == 0))
+            self._figures = {}  # those that are saved with a checkpoint are its own
             if evaluating:
                 record |= self._evaluate(observer)
+                done = self._done()
+            sampling = recipe.samples and (done or (not stopping and progress.step % recipe.samples.every == 0))
             observer.step(record)
             if sampling:
                 self._sample(observer)
@@ -76,7 +81,10 @@ class Loop:
                 self._save(required=stopping and not done)
         with self.phases("save"):
             self.store.wait()
-        return progress.step == self.num_steps
+        return self._done()
+
+    def _done(self) -> bool:
+        return self.progress.step >= self.num_steps or self.progress.exhausted(self.recipe.early_stopping)
 
     def _step(self, batches: Any) -> tuple[dict[str, float], bool]:
         """One optimizer step. Returns its record, and whether some rank was asked to stop."""
@@ -89,13 +97,15 @@ class Loop:
         with self.phases("collective"):
             *weights, step_tokens = distributed.sum_scalars([*mine, sum(micro.num_tokens for micro in batch)])
         totals = dict(zip(names, weights, strict=True))
-        lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, self.progress.step + 1, self.num_steps)
+        lr = learning_rate(self.recipe.schedule, self.recipe.peak_lr, self.progress.step + 1, self.num_steps)
         sums = self._forward_backward(batch, totals)
         with self.phases("update"):
             results = {name: engine.step(lr) for name, engine in self.engines.items()}
             averages = distributed.average(sums | {"stop": Sum(float(bool(self.stop)), 1.0)})  # in one collective
         stopping = averages.pop("stop") > 0
-        self._count(results, int(step_tokens), averages)
+        loss = averages.get("loss", math.nan)
+        self.progress.count(results, int(step_tokens), self.recipe.optimizer.max_skipped_steps, loss)
+        self.phases.step = self.progress.step
 
         record: dict[str, float] = {
             "step": self.progress.step,
@@ -132,36 +142,20 @@ class Loop:
                 add(name, value, weight)
         return sums
 
-    def _count(self, results: Mapping[str, StepResult], step_tokens: int, averages: Mapping[str, float]) -> None:
-        progress = self.progress
-        self.phases.step = progress.step = progress.step + 1
-        progress.tokens += step_tokens
-        if all(result.applied for result in results.values()):
-            progress.skipped_in_a_row = 0
-            return
-        progress.skipped += 1
-        progress.skipped_in_a_row += 1
-        if progress.skipped_in_a_row >= self.recipe.optimizer.max_skipped_steps:
-            norms = ", ".join(f"{name} {result.grad_norm}" for name, result in results.items())
-            raise TrainingError(
-                f"step {progress.step}: {progress.skipped_in_a_row} steps in a row had a gradient that is not finite "
-                f"(norm: {norms}; loss: {averages.get('loss', math.nan)}); they were skipped and the weights are "
-                "those before them.\n  remedy: start a run of another name=... with a lower optimizer.lr, a longer "
-                "schedule.warmup_steps, or precision fp32; if the fault was the machine's, the same command goes on "
-                "from the last checkpoint"
-            )
-
     def _evaluate(self, observer: Observer) -> dict[str, float]:
         with self._evaluating():
             figures = self.algorithm.evaluate(self.models, self.device)
         self._figures = figures
         if figures:
             observer.evaluation(self.progress.step, figures)
+        if self.recipe.early_stopping is not None:
+            self.progress.judge(self.recipe.early_stopping, figures)
         return {f"eval_{name}": value for name, value in figures.items()}
 
     def _save(self, *, required: bool = False) -> None:
         with self.phases("save"):
-            save_state(self.store, self.progress, self.engines, self.algorithm, self._figures, required=required)
+            figures, recipe = self._figures, self.recipe
+            save_state(self.store, self.progress, self.engines, self.algorithm, figures, recipe, required=required)
 
     def _sample(self, observer: Observer) -> None:
         with self._evaluating():

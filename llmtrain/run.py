@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,29 +12,39 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtrain import distributed, engines
 from llmtrain.algorithms.causal_lm import CausalLM
+from llmtrain.algorithms.sft import SFT
+from llmtrain.algorithms.texts import HeldOut, TextSamples
 from llmtrain.checkpoint.generators import seed_generators
 from llmtrain.checkpoint.state import restore_state
 from llmtrain.checkpoint.store import CheckpointStore
 from llmtrain.contracts import POLICY, Algorithm, Engine
 from llmtrain.data.build import Datasets, cache_directory, prepare_data, prepare_tokenizer
+from llmtrain.data.chat import ExampleEncoder
 from llmtrain.data.loader import Loader, evaluation_batches
 from llmtrain.distributed import World
 from llmtrain.ending import run_to_its_end, watched
 from llmtrain.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TrainingError
 from llmtrain.loop import Loop
+from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.checks import Asked, check_causality, check_document_isolation, check_head
 from llmtrain.models.decoder import Decoder
-from llmtrain.models.hub import open_model, save_pretrained
+from llmtrain.models.hub import open_model
+from llmtrain.models.saving import save_pretrained
 from llmtrain.observe.flops import device_peak_flops, training_flops_per_token
 from llmtrain.observe.logs import setup_logging
 from llmtrain.observe.observer import Observer
 from llmtrain.observe.watchdog import Watchdog
+from llmtrain.recipe import schema
 from llmtrain.recipe.batch import BatchPlan, plan_batch
 from llmtrain.recipe.layout import check_layout
 from llmtrain.recipe.loading import LoadedRecipe
+from llmtrain.recipe.resolved import flattened, identity_differences
 from llmtrain.recipe.schema import GroupOptions, Recipe
 from llmtrain.rundir import RunDirectory, claim
 from llmtrain.schedule import check_steps
+
+if TYPE_CHECKING:
+    from llmtrain.models.peft import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +63,7 @@ def train(loaded: LoadedRecipe) -> int:
 def _run(recipe: Recipe) -> int:
     timeout = recipe.engine.timeout_seconds if isinstance(recipe.engine, GroupOptions) else None
     with distributed.joined(recipe.device, timeout) as world:
+        _check_same_recipe(recipe)
         batch = plan_batch(recipe, world.size)
         check_layout(recipe, world.size, world.device.type)
         with claimed(recipe, world) as directory, watched(recipe, directory, world) as watchdog:
@@ -77,10 +89,15 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
     cache = cache_directory(recipe.data.cache_dir)
     tokenizer = prepare_tokenizer(recipe, cache)
     blueprint = open_model(recipe, tokenizer)
+    adapter = _adapted(blueprint, recipe, tokenizer)
     decoder = blueprint.decoder
     # Before the engine: what is counted here is whole, and no layout changes it.
     flops = training_flops_per_token(
-        decoder.num_matmul_parameters(), decoder.num_layers(), decoder.attention_width(), recipe.sequence_length
+        decoder.num_matmul_parameters(),
+        decoder.num_layers(),
+        decoder.attention_width(),
+        recipe.sequence_length,
+        decoder.num_frozen_matmul_parameters(),
     )
     log.info(
         "model: %s, %.2fM parameters (%.2fM that multiply)",
@@ -110,20 +127,31 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
             directory.path, world, num_steps, loop.progress.step, peak, flops, recipe.logging.tensorboard
         ) as observer:
             finished = loop.run(observer)
+            if finished and recipe.checkpoint.export == "best":
+                _go_back_to_best(loop, world)
     if not finished:
         log.warning("stopped after step %d of %d; the same command goes on from there", loop.progress.step, num_steps)
         return EXIT_PREEMPTED
     with phases("save"):
-        _export(decoder, engine, tokenizer, directory, world)
-    log.info("done: %d steps; the model is in %s", num_steps, directory.final)
+        _export(decoder, engine, adapter, _answering(tokenizer, recipe), directory, world)
+    log.info("done: %d steps; the model is in %s", loop.progress.step, directory.final)
     return EXIT_DONE
+
+
+def _adapted(blueprint: Blueprint, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> "Adapter | None":
+    """Puts the recipe's adapter into the model, if it has one."""
+    if recipe.adapter is None:
+        return None
+    from llmtrain.models.peft import adapt  # here, because peft takes seconds that no other run should pay
+
+    return adapt(blueprint, recipe, tokenizer)
 
 
 def _resume(loop: Loop, directory: RunDirectory, world: World) -> None:
     """Puts the loop where the newest whole checkpoint is."""
     newest = loop.store.newest()
     if newest is not None:
-        loop.progress = restore_state(loop.store, newest, loop.engines, loop.algorithm, loop.recipe.seed, world)
+        loop.progress = restore_state(loop.store, newest, loop.engines, loop.algorithm, loop.recipe, world)
         log.info("going on from %s", newest)
     elif any(directory.checkpoints.glob("step-*")):
         raise InputError(
@@ -135,14 +163,43 @@ def _resume(loop: Loop, directory: RunDirectory, world: World) -> None:
         log.warning("%s has figures and no checkpoint: the run begins again at its first step", directory.path)
 
 
+def _go_back_to_best(loop: Loop, world: World) -> None:
+    """Puts the weights of the best checkpoint into the engines, for the export."""
+    with loop.phases("save"):
+        best = loop.store.best()
+        if best is None:
+            raise TrainingError(
+                "no checkpoint has the held-out figure of checkpoint.keep_best\n"
+                "  remedy: hold out rows (data.validation), or run the command again with checkpoint.export=last"
+            )
+        restore_state(loop.store, best, loop.engines, loop.algorithm, loop.recipe, world)
+        log.info("final/ gets the weights of the best checkpoint, %s", best)
+
+
+def _check_same_recipe(recipe: Recipe) -> None:
+    """Raises InputError where ranks were started with different recipes: a stale file on a node, other settings."""
+    mine = flattened(recipe)
+    difference = next(iter(identity_differences(distributed.broadcast_object(mine), mine)), None)
+    for rank, found in enumerate(distributed.gather_objects(difference)):
+        if found is not None:
+            key, first, other = found
+            raise InputError(
+                f"rank {rank} was started with {other!r}, and rank 0 with {first!r}",
+                where=key,
+                remedy="give all ranks the same recipe and settings",
+            )
+
+
 def _check_same_data(datasets: Datasets) -> None:
     """Raises InputError where ranks would train on different rows: nodes whose files or Python differ."""
     fingerprints = distributed.gather_objects(datasets.fingerprint)
     for rank, fingerprint in enumerate(fingerprints):
-        if fingerprint != fingerprints[0]:
+        for key in fingerprint:
+            if fingerprint[key] == fingerprints[0].get(key):
+                continue
             raise InputError(
-                f"rank {rank} reads other training data than rank 0, or has another tokenizer",
-                where="data.train",
+                f"rank {rank} reads other data than rank 0, or has another tokenizer",
+                where=key,
                 remedy="put them on a disk that all nodes share",
             )
 
@@ -153,7 +210,7 @@ def _check_model(decoder: Decoder, engine: Engine, recipe: Recipe) -> None:
         asked = Asked(engine.model, decoder, engine.device, exact=recipe.precision == "fp32")
         check_head(asked)
         check_causality(asked)
-        if recipe.data.packing == "documents":
+        if recipe.packing != "none":
             check_document_isolation(asked)
 
 
@@ -167,11 +224,19 @@ def _build_algorithm(
 ) -> Algorithm:
     order = datasets.order(recipe.seed)
     loader = Loader(datasets.train, order, batch.sequences, batch.micro_sequences, world.rank, world.size)
-    held_out = evaluation_batches(
+    batches = evaluation_batches(
         datasets.validation, recipe.evaluation.max_sequences, batch.micro_sequences, world.rank, world.size
     )
+    held_out = HeldOut(batches, tokenizer)
     max_length = decoder.max_length(default=recipe.sequence_length)
-    return CausalLM(loader, held_out, tokenizer, recipe.samples, max_length, recipe.seed, datasets.fingerprint)
+    match recipe.algorithm:
+        case schema.CausalLM():
+            samples = TextSamples(recipe.samples, tokenizer, max_length, recipe.seed)
+            return CausalLM(loader, held_out, samples, datasets.fingerprint)
+        case schema.SFT():
+            encode = ExampleEncoder(tokenizer, recipe.data).prompt_ids
+            samples = TextSamples(recipe.samples, tokenizer, max_length, recipe.seed, encode)
+            return SFT(recipe.algorithm.loss, loader, held_out, samples, datasets.fingerprint)
 
 
 def _describe(recipe: Recipe, batch: BatchPlan, datasets: Datasets, num_steps: int, peak: str) -> None:
@@ -190,13 +255,25 @@ def _describe(recipe: Recipe, batch: BatchPlan, datasets: Datasets, num_steps: i
     )
 
 
+def _answering(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer to save beside the model: with the chat template that it was trained on."""
+    if isinstance(recipe.algorithm, schema.SFT):
+        tokenizer.chat_template = ExampleEncoder(tokenizer, recipe.data).inference_template
+    return tokenizer
+
+
 def _export(
-    decoder: Decoder, engine: Engine, tokenizer: PreTrainedTokenizerBase, directory: RunDirectory, world: World
+    decoder: Decoder,
+    engine: Engine,
+    adapter: "Adapter | None",
+    tokenizer: PreTrainedTokenizerBase,
+    directory: RunDirectory,
+    world: World,
 ) -> None:
     """Writes final/; all ranks stream the parameters, rank 0 keeps them."""
 
     def parameters() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in engine.full_parameters():
+        for name, tensor in engine.full_parameters(None if adapter is None else adapter.names):
             if not torch.isfinite(tensor).all():
                 raise TrainingError(
                     f"the run diverged: {name} is not finite after the last step, so no model is exported\n"
@@ -206,7 +283,12 @@ def _export(
 
     if world.is_main:
         with directory.writing_final() as target:
-            save_pretrained(decoder.hf, parameters(), tokenizer, target)
+            if adapter is not None:
+                from llmtrain.models.peft import save_adapter
+
+                save_adapter(adapter, parameters(), tokenizer, target)
+            else:
+                save_pretrained(decoder.hf, parameters(), tokenizer, target)
     else:
         for _ in parameters():
             pass

@@ -20,18 +20,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from llmtrain.checkpoint.files import fsync_path, written_aside
 from llmtrain.distributed import World, broadcast_object, gather_objects
-from llmtrain.errors import InputError
+from llmtrain.errors import InputError, TrainingError
 from llmtrain.recipe.loading import load_recipe
-from llmtrain.recipe.resolved import environment, identity, identity_differences, resolved_dump
+from llmtrain.recipe.resolved import RESOLVED, environment, identity, identity_differences, resolved_dump
 from llmtrain.recipe.schema import Recipe
 
-_RECIPE = "recipe.resolved.yaml"
 _LOCK, _HOLDER = ".lock", ".lock-holder"
 # What is there of a run that never began to train: another recipe may take its place.
-_BEFORE_TRAINING = frozenset({_LOCK, _HOLDER, f".writing-{_RECIPE}", "logs", "verdict.json", ".writing-verdict.json"})
+_BEFORE_TRAINING = frozenset({_LOCK, _HOLDER, f".writing-{RESOLVED}", "logs", "verdict.json", ".writing-verdict.json"})
 _SHOWN_DIFFERENCES = 5
 
 
@@ -45,7 +45,7 @@ class RunDirectory:
 
     @property
     def recipe(self) -> Path:
-        return self.path / _RECIPE
+        return self.path / RESOLVED
 
     @property
     def metrics(self) -> Path:
@@ -78,7 +78,14 @@ class RunDirectory:
         if aside.exists():
             shutil.rmtree(aside)
         aside.mkdir()
-        yield aside
+        try:
+            yield aside
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise TrainingError(
+                f"the model could not be written into {self.final}: {error}\n"
+                "  remedy: make room, and run the same command again; it goes on from the last checkpoint"
+            ) from error
         for path in [*aside.rglob("*"), aside]:
             fsync_path(path)
         if self.final.exists():
@@ -169,16 +176,16 @@ def _check(directory: Path, recipe: Recipe) -> None:
         names = {path.name for path in directory.iterdir()}
     except OSError as error:
         raise InputError(f"the run directory cannot be read: {error.strerror}", where=str(directory)) from None
-    if _RECIPE not in names:
+    if RESOLVED not in names:
         if names - _BEFORE_TRAINING:
             raise InputError(
-                f"the run directory holds files and is no run of llmtrain: it has no {_RECIPE}",
+                f"the run directory holds files and is no run of llmtrain: it has no {RESOLVED}",
                 where=str(directory),
                 remedy="give another name=... or output_dir=...",
             )
         return
     try:
-        old = load_recipe(directory / _RECIPE).recipe
+        old = load_recipe(directory / RESOLVED).recipe
     except InputError as error:
         raise InputError(
             f"the recipe of the run that is there cannot be read: {error}", where=str(directory), remedy=another

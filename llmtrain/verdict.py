@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmtrain.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, InputError
 from llmtrain.recipe.loading import LoadedRecipe, load_recipe
-from llmtrain.recipe.resolved import identity, identity_differences
+from llmtrain.recipe.resolved import RESOLVED, identity, identity_differences
 
 FILE = "verdict.json"
 Name = Literal["running", "done", "preempted", "failed", "bad input"]
@@ -102,7 +102,7 @@ def _line(verdict: Verdict | None, directory: Path, stopped: bool) -> tuple[str,
 
 def _check_recipe(directory: Path, loaded: LoadedRecipe) -> None:
     """Raises InputError where the directory is of another recipe, whose verdict is not this one's."""
-    file = directory / "recipe.resolved.yaml"
+    file = directory / RESOLVED
     if not file.is_file():
         return
     differences = identity_differences(identity(load_recipe(file).recipe), identity(loaded.recipe))

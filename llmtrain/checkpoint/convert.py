@@ -53,6 +53,7 @@ from llmtrain.checkpoint.storage import state_file
 from llmtrain.contracts import POLICY
 from llmtrain.errors import InputError
 from llmtrain.models.decoder import Decoder
+from llmtrain.recipe.resolved import RESOLVED
 
 _DEEPSPEED = "0.19.8"
 _LATEST, _OURS = "latest_universal", "llmtrain"
@@ -97,11 +98,15 @@ def to_universal(source: Path, dest: Path) -> None:
 def to_llmtrain(source: Path, dest: Path) -> None:
     """Writes what `to_universal` wrote as a checkpoint of ours again, `dest`/step-NNNNNNNN.
 
+    Where `dest` is a run directory, into its checkpoints/.
+
     Raises:
         InputError: it is none such, or not whole; the checkpoint exists or cannot be written.
     """
     directory = _universal_directory(source)
     ours, manifest = _carried(directory)
+    if (dest / RESOLVED).is_file():
+        dest = dest / "checkpoints"
     target = dest / ours.name
     _refuse_existing(target)
     with _progress() as progress:

@@ -17,7 +17,7 @@ import logging
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ from llmtrain.checkpoint.manifest import (
     read_tensors,
 )
 from llmtrain.checkpoint.match import check_same_state, rank_prefix, read_rank_tensors
-from llmtrain.checkpoint.retention import remove, remove_old
+from llmtrain.checkpoint.retention import best_of, remove, remove_old
 from llmtrain.checkpoint.staging import HostCopies
 from llmtrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from llmtrain.contracts import Shard
@@ -187,9 +187,9 @@ class CheckpointStore:
             # What it saves is from before the error, and the newest there is. The other ranks' threads write
             # on whatever became of their training; where a rank is gone, its connection is closed.
             lost = self._pending.future.exception()
-            if lost is not None:
+            name = _step_name(self._pending.writing)
+            if lost is not None and not (self.directory / name).exists():  # rank 0 may have had all it waited for
                 reason = _reasons(_failures_in(lost)) if isinstance(lost, CheckpointException) else lost
-                name = _step_name(self._pending.writing)
                 log.warning("checkpoint %s, under way when the run failed, is lost: %s", name, reason)
 
     def _prepare(self, writing: Path) -> None:
@@ -267,7 +267,8 @@ class CheckpointStore:
         free = shutil.disk_usage(existing).free
         return (
             f"checkpoint {_step_name(writing)} could not be written: {_reasons(failures)}\n"
-            f"  it needs {readable_bytes(needed)}; {readable_bytes(free)} are free in {existing}\n"
+            f"  its tensors take {readable_bytes(needed)}, and its directory and the file system some more; with the "
+            f"attempt removed {readable_bytes(free)} are free in {existing}\n"
             f"  older checkpoints are untouched: make room (or lower checkpoint.keep, now {self.spec.keep}) and run "
             "the same command again to go on from the newest"
         )
@@ -284,7 +285,21 @@ class CheckpointStore:
         if self.world.is_main:
             for leftover in leftovers_in(self.directory):
                 log.warning("%s is what an interrupted save or removal left; the next save removes it", leftover)
-        for path in (self.directory / name for name in candidates):
+        return self._first_whole(self.directory / name for name in candidates)
+
+    def best(self) -> Path | None:
+        """The whole checkpoint with the best held-out figure (`checkpoint.keep_best`); None where none has it."""
+        assert self.spec.keep_best is not None
+        found = {path: read_manifest(path)[0] for path in checkpoints_in(self.directory)}
+        metrics = {path: manifest.metrics for path, manifest in found.items() if manifest is not None}
+        candidates = []
+        while (path := best_of(metrics, self.spec.keep_best)) is not None:
+            candidates.append(path.name)
+            del metrics[path]
+        return self._first_whole(self.directory / name for name in broadcast_object(candidates))
+
+    def _first_whole(self, candidates: Iterable[Path]) -> Path | None:
+        for path in candidates:
             problem = self._problem(path)
             if problem is None:
                 return path

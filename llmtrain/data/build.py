@@ -11,18 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from llmtrain.data.built import build_once
-from llmtrain.data.cache import Halves, TokenCorpus, is_held_out, tokenised
+from llmtrain.data.cache import is_held_out
 from llmtrain.data.files import why_missing
 from llmtrain.data.fingerprint import fingerprint
+from llmtrain.data.grouping import LengthGroupedOrder
 from llmtrain.data.hashing import hash_settings
-from llmtrain.data.order import MixtureOrder, Order, ShuffledOrder
-from llmtrain.data.packing import PackedRows, Rows, SeparateRows
+from llmtrain.data.order import MixtureOrder, Order, ShuffledOrder, tempered
+from llmtrain.data.packing import Rows
+from llmtrain.data.prepared import Prepared, check_trained, held_out_fraction, prepare_sources, report
 from llmtrain.data.progress import ByteProgress
 from llmtrain.data.sources import describe, num_bytes, read_documents
-from llmtrain.data.tokenizer import load_tokenizer, pad_id
+from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.data.tokenizer_training import train_sentencepiece
 from llmtrain.errors import InputError
 from llmtrain.recipe.schema import (
@@ -34,6 +37,7 @@ from llmtrain.recipe.schema import (
     Recipe,
     SentencePieceTokenizer,
 )
+from llmtrain.recipe.schema.data import LEAST_RATIO_OF_WEIGHTS
 
 CACHE_VARIABLE = "LLMTRAIN_CACHE"
 TRAINING_FORMAT = 1  # change it with anything that changes what training makes of the same text
@@ -47,19 +51,25 @@ class Datasets:
         train: rows of each training source.
         validation: held-out rows; empty where validation_fraction is 0 and no source is given.
         weights: shares of the training sources, or None to see every row once an epoch.
-        fingerprint: hashes by key of the recipe: that of data.train changes with the training text, the
-            tokenizer and the split; that of data.validation, where it is given, with its text and the tokenizer.
+        fingerprint: hashes by key of the recipe: that of data.train changes with the training text, its
+            encoding (tokenizer, chat template, what is trained), the split and how rows are made and ordered; that
+            of data.validation, where it is given, with its text, the encoding and how rows are made.
+        grouped_sequences: the global batch, in which rows have about the same length; None where they need not.
     """
 
     train: list[Rows]
     validation: list[Rows]
     weights: list[float] | None
     fingerprint: dict[str, str]
+    grouped_sequences: int | None = None
 
     def order(self, seed: int) -> Order:
         """The order of the training rows."""
         lengths = [len(rows) for rows in self.train]
-        return ShuffledOrder(lengths, seed) if self.weights is None else MixtureOrder(lengths, self.weights, seed)
+        order = ShuffledOrder(lengths, seed) if self.weights is None else MixtureOrder(lengths, self.weights, seed)
+        if self.grouped_sequences is None:
+            return order
+        return LengthGroupedOrder(order, self.train, self.grouped_sequences, seed)
 
     def steps_per_epoch(self, global_sequences: int) -> float:
         """Optimizer steps in which as many rows are seen as there are; not rounded.
@@ -110,21 +120,33 @@ def prepare_tokenizer(recipe: Recipe, cache_dir: Path) -> PreTrainedTokenizerBas
         case SentencePieceTokenizer():
             return load_tokenizer(str(train_tokenizer(spec, recipe.data, cache_dir)))
         case PretrainedTokenizer():
-            return load_tokenizer(spec.path, spec.revision)
+            return _with_tokens(load_tokenizer(spec.path, spec.revision), spec.add_tokens)
         case ModelTokenizer():
             if isinstance(model, ModelFromGGUF):
                 file = Path(model.file).expanduser()
                 if not os.path.isfile(file):
                     message = f"{why_missing(file, 'file')}: {model.file}"
                     raise InputError(message, where="model.file", remedy="correct the path")
-                return load_tokenizer(str(file.parent), gguf_file=file.name)
+                return _with_tokens(load_tokenizer(str(file.parent), gguf_file=file.name), spec.add_tokens)
             assert not isinstance(model, ModelFromConfig), "the schema forbids it"
-            return load_tokenizer(model.path, model.revision)
+            return _with_tokens(load_tokenizer(model.path, model.revision), spec.add_tokens)
+
+
+def _with_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer with new special tokens: a chat template writes them, and the same characters in a text do not."""
+    for token in tokens:
+        if not token or token != token.strip():
+            message = f"{token!r} is empty, or begins or ends with a space"
+            raise InputError(message, where="tokenizer.add_tokens", remedy="use names such as <|user|>")
+        if token in tokenizer.get_vocab():
+            raise InputError(f"{token!r} is there already", where="tokenizer.add_tokens", remedy="remove it")
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=True)], special_tokens=True)
+    return tokenizer
 
 
 def train_tokenizer(spec: SentencePieceTokenizer, data: Data, cache_dir: Path) -> Path:
     """The directory of a tokenizer trained on the training half of the data."""
-    held_out = _held_out_fraction(data)
+    held_out = held_out_fraction(data)
     sources = [fingerprint(source, cache_dir) for source in data.train]
     key = hash_settings([TRAINING_FORMAT, sources, held_out, spec.model_dump()])
 
@@ -151,48 +173,36 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache_dir: 
     """The recipe's rows, tokenised unless they are in the cache.
 
     Raises:
-        InputError: bad input, or no document to train on or to hold out.
+        InputError: bad input, no document to train on or to hold out, or too many without a trained token.
     """
-    data = recipe.data
-    held_out = _held_out_fraction(data)
-    halves = [tokenised(source, tokenizer, held_out, cache_dir) for source in data.train]
-    for number, half in enumerate(halves):
-        if not half.train.num_documents:
-            message = f"all {half.validation.num_documents} documents of {describe(data.train[number])} are held out"
-            remedy = "lower data.validation_fraction, or give more documents"
-            raise InputError(message, where=f"data.train.{number}", remedy=remedy)
-    fingerprint = {"data.train": hash_settings([half.key for half in halves])}
-    if data.validation is not None:
-        of_validation = [tokenised(source, tokenizer, 0.0, cache_dir) for source in data.validation]
-        validation = [half.train for half in of_validation]
-        fingerprint["data.validation"] = hash_settings([half.key for half in of_validation])
-    else:
-        validation = _validation_halves(halves, held_out)
+    prepared = prepare_sources(recipe, tokenizer, cache_dir)
+    for half in [*prepared.train, *prepared.validation]:
+        check_trained(half, recipe)
+        report(half, recipe)
+    return datasets_of(prepared, recipe)
 
-    def rows(corpus: TokenCorpus) -> Rows:
-        make = PackedRows if data.packing == "documents" else SeparateRows
-        return make(corpus, recipe.sequence_length, pad_id(tokenizer))
 
+def datasets_of(prepared: Prepared, recipe: Recipe) -> Datasets:
+    """The rows without what became of the documents."""
+    train = [half.rows for half in prepared.train]
     return Datasets(
-        train=[rows(half.train) for half in halves],
-        validation=[rows(corpus) for corpus in validation],
-        weights=[source.weight for source in data.train if source.weight is not None] or None,
-        fingerprint=fingerprint,
+        train=train,
+        validation=[half.rows for half in prepared.validation],
+        weights=_weights(recipe.data, [len(rows) for rows in train]),
+        fingerprint=prepared.fingerprint,
+        grouped_sequences=recipe.global_sequences if recipe.data.group_by_length else None,
     )
 
 
-def _held_out_fraction(data: Data) -> float:
-    """Of the training sources; none where validation has sources of its own."""
-    return 0.0 if data.validation is not None else data.validation_fraction
-
-
-def _validation_halves(halves: list[Halves], held_out: float) -> list[TokenCorpus]:
-    found = [half.validation for half in halves if half.validation.num_documents]
-    if held_out > 0 and not found:
-        num = sum(half.train.num_documents for half in halves)
+def _weights(data: Data, num_rows: list[int]) -> list[float] | None:
+    if data.temperature is None:
+        return [source.weight for source in data.train if source.weight is not None] or None
+    weights = tempered(num_rows, data.temperature)
+    if min(weights) < LEAST_RATIO_OF_WEIGHTS:
         raise InputError(
-            f"a share of {held_out} of {num} documents holds out none",
-            where="data.validation_fraction",
-            remedy="raise it, split the text into more documents, give data.validation, or set it to 0 for none",
+            f"{data.temperature:g} gives {describe(data.train[weights.index(min(weights))])} a share that no run would "
+            f"draw from; sources have {', '.join(str(num) for num in num_rows)} rows",
+            where="data.temperature",
+            remedy="raise it to 1 or more, or leave the source out",
         )
-    return found
+    return weights

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtrain.data.columns import check_string_column, missing_field
 from llmtrain.data.files import why_missing
@@ -34,13 +34,11 @@ def local_directory(source: HuggingFaceSource) -> Path | None:
 
 
 def load(source: HuggingFaceSource) -> "Dataset":
-    """The split as a table that stays on disk; its text column is checked."""
+    """The split as a table that stays on disk."""
     directory = local_directory(source)
     if directory is not None and any((directory / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        dataset = _load_saved(source, directory)
-    else:
-        dataset = _load_by_name(source, str(directory) if directory else source.path)
-    return _text_column(dataset, source)
+        return _load_saved(source, directory)
+    return _load_by_name(source, str(directory) if directory else source.path)
 
 
 def _load_saved(source: HuggingFaceSource, directory: Path) -> "Dataset":
@@ -83,31 +81,42 @@ def _load_by_name(source: HuggingFaceSource, path: str) -> "Dataset":
         ) from error
 
 
-def _text_column(dataset: "Dataset", source: HuggingFaceSource) -> "Dataset":
-    if source.field not in dataset.column_names:
-        raise missing_field(source.field, dataset.column_names, source.path)
-    check_string_column(dataset.features.arrow_schema.field(source.field).type, source.field, source.path)
-    return dataset.select_columns([source.field])
-
-
 def num_bytes(source: HuggingFaceSource) -> int:
-    return int(load(source).data.nbytes)
+    """Of the text column, or of whole rows where there is none of that name."""
+    dataset = load(source)
+    if source.field in dataset.column_names:
+        dataset = dataset.select_columns([source.field])
+    return int(dataset.data.nbytes)
 
 
 def read(source: HuggingFaceSource) -> Iterator[str]:
     """The text column, row by row; rows without a text are skipped and counted."""
     dataset = load(source)
-    num_null = num_rows = 0
-    try:
-        for batch in dataset.iter(batch_size=ROWS_IN_A_BATCH):
-            for text in batch[source.field]:
-                num_rows += 1
-                if text is None:
-                    num_null += 1
-                else:
-                    yield text
-    except UnicodeDecodeError as error:
-        message = f"column {source.field!r} is not UTF-8 in the {ROWS_IN_A_BATCH} rows after row {num_rows}: {error}"
-        raise InputError(message, where=source.path) from None
+    if source.field not in dataset.column_names:
+        raise missing_field(source.field, dataset.column_names, source.path)
+    check_string_column(dataset.features.arrow_schema.field(source.field).type, source.field, source.path)
+    num_null = 0
+    for batch in _batches(dataset.select_columns([source.field]), source, f"column {source.field!r}"):
+        texts = batch[source.field]
+        num_null += texts.count(None)
+        yield from (text for text in texts if text is not None)
     if num_null:
         log.info("%s: %d of %d rows have no %r and were skipped", source.path, num_null, len(dataset), source.field)
+
+
+def read_rows(source: HuggingFaceSource) -> Iterator[dict[str, Any]]:
+    """Whole rows as dicts by column."""
+    for batch in _batches(load(source), source, "a column"):
+        names = list(batch)
+        yield from (dict(zip(names, row, strict=True)) for row in zip(*batch.values(), strict=True))
+
+
+def _batches(dataset: "Dataset", source: HuggingFaceSource, what: str) -> Iterator[dict[str, list[Any]]]:
+    num_rows = 0
+    try:
+        for batch in dataset.iter(batch_size=ROWS_IN_A_BATCH):
+            yield batch
+            num_rows += ROWS_IN_A_BATCH
+    except UnicodeDecodeError as error:
+        message = f"{what} is not UTF-8 in the {ROWS_IN_A_BATCH} rows after row {num_rows}: {error}"
+        raise InputError(message, where=source.path) from None

@@ -7,9 +7,11 @@ import numpy as np
 import torch
 
 from llmtrain.contracts import POLICY, MicroBatch
-from llmtrain.data.order import Order, ShuffledOrder
+from llmtrain.data.grouping import lengths_of
+from llmtrain.data.order import Int64Array, Order, ShuffledOrder
 from llmtrain.data.packing import IGNORE_INDEX, PADDING, Row, Rows
 
+LEAST_LENGTH = 2  # of a row; one token predicts nothing
 EVALUATION_SEED = 0  # not the recipe's: the same rows are evaluated whatever the run
 
 
@@ -17,7 +19,9 @@ class Loader:
     """The training batches of one rank.
 
     The global batch of step s is positions [s * sequences, (s + 1) * sequences) of the order; the
-    ranks take consecutive equal shares of it, each cut into micro-batches.
+    ranks take consecutive equal shares of it, each cut into micro-batches. Ragged rows are first sorted,
+    the longest first, and dealt so that what the ranks do at the same time is of about the same length:
+    they wait for each other, and a batch too large for the memory shows at once.
     """
 
     def __init__(
@@ -34,12 +38,20 @@ class Loader:
             raise ValueError(f"{sequences} rows do not divide into {world_size} ranks of {micro_sequences}")
         self._rows, self._order = rows, order
         self._sequences, self._micro = sequences, micro_sequences
-        self._rank, self._share = rank, sequences // world_size
+        self._rank, self._world_size = rank, world_size
+        self._ragged = any(source.ragged for source in rows)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of optimizer step `step`, counted from 0."""
-        first = step * self._sequences + self._rank * self._share
-        sources, indices = self._order.rows_at(np.arange(first, first + self._share))
+        first = step * self._sequences
+        if self._ragged:
+            sources, indices = self._order.rows_at(np.arange(first, first + self._sequences))
+            dealt = _longest_first(self._rows, sources, indices).reshape(-1, self._world_size, self._micro)
+            mine = dealt[:, self._rank].ravel()
+            return _cut(self._rows, sources[mine], indices[mine], self._micro)
+        share = self._sequences // self._world_size
+        first += self._rank * share
+        sources, indices = self._order.rows_at(np.arange(first, first + share))
         return _cut(self._rows, sources, indices, self._micro)
 
 
@@ -55,28 +67,49 @@ def evaluation_batches(
     num = min(max_sequences, sum(len(source) for source in rows))
     if num == 0:
         return []
-    sources, indices = order.rows_at(np.arange(num)[rank::world_size])
-    batches = _cut(rows, sources, indices, micro_sequences)
+    sources, indices = order.rows_at(np.arange(num))
+    if any(source.ragged for source in rows):
+        longest_first = _longest_first(rows, sources, indices)
+        sources, indices = sources[longest_first], indices[longest_first]
+    batches = _cut(rows, sources[rank::world_size], indices[rank::world_size], micro_sequences)
     most = math.ceil(math.ceil(num / world_size) / micro_sequences)  # rank 0 has the most rows
     return batches + [_without_weight(rows, *order.rows_at(np.arange(1)))] * (most - len(batches))
 
 
-def _without_weight(rows: Sequence[Rows], sources: np.ndarray, indices: np.ndarray) -> MicroBatch:
+def _longest_first(rows: Sequence[Rows], sources: Int64Array, indices: Int64Array) -> Int64Array:
+    """Places in `indices`, those of the longest rows first; equally long ones stay as they are."""
+    places: Int64Array = np.argsort(-lengths_of(rows, sources, indices), kind="stable")
+    return places
+
+
+def _without_weight(rows: Sequence[Rows], sources: Int64Array, indices: Int64Array) -> MicroBatch:
     """A micro-batch of a row of which nothing counts."""
     (batch,) = _cut(rows, sources, indices, 1)
     nothing = torch.full_like(batch.tensors["targets"], IGNORE_INDEX)
-    return MicroBatch({**batch.tensors, "targets": nothing}, {POLICY: 0.0}, 0)
+    none = torch.empty(0, dtype=torch.int64)
+    return MicroBatch({**batch.tensors, "targets": nothing, "counted": none}, {POLICY: 0.0}, 0)
 
 
-def _cut(rows: Sequence[Rows], sources: np.ndarray, indices: np.ndarray, micro_sequences: int) -> list[MicroBatch]:
+def _cut(rows: Sequence[Rows], sources: Int64Array, indices: Int64Array, micro_sequences: int) -> list[MicroBatch]:
     chosen = [rows[source][index] for source, index in zip(sources.tolist(), indices.tolist(), strict=True)]
-    return [_collate(chosen[i : i + micro_sequences]) for i in range(0, len(chosen), micro_sequences)]
+    ragged = any(source.ragged for source in rows)
+    return [_collate(chosen[i : i + micro_sequences], ragged) for i in range(0, len(chosen), micro_sequences)]
 
 
-def _collate(rows: Sequence[Row]) -> MicroBatch:
-    """Tensors int64 [len(rows), T] named as the fields of Row; the weight is the number of targets."""
+def _collate(rows: Sequence[Row], ragged: bool) -> MicroBatch:
+    """Tensors int64 [len(rows), T] named as the fields of Row; the weight is the number of targets.
+
+    `counted` [number of targets] says where they are in the flattened rows, so that a head need not compute
+    what does not count; found here, because to find it on a GPU the host would have to wait.
+    Columns that are padding in all rows are cut off where they are ragged; packed rows keep one shape,
+    which kernels and allocators are fastest with.
+    """
     columns = zip(*rows, strict=True)
-    tensors = {name: torch.from_numpy(np.stack(column)) for name, column in zip(Row._fields, columns, strict=True)}
-    num_targets = int((tensors["targets"] != IGNORE_INDEX).sum())
-    num_tokens = int((tensors["document_ids"] != PADDING).sum())
-    return MicroBatch(tensors, {POLICY: float(num_targets)}, num_tokens)
+    stacked = {name: np.stack(column) for name, column in zip(Row._fields, columns, strict=True)}
+    is_token = stacked["document_ids"] != PADDING
+    if ragged:
+        longest = max(LEAST_LENGTH, int(is_token.sum(axis=1).max()))
+        stacked = {name: np.ascontiguousarray(array[:, :longest]) for name, array in stacked.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in stacked.items()}
+    tensors["counted"] = torch.from_numpy(np.flatnonzero(stacked["targets"] != IGNORE_INDEX))
+    return MicroBatch(tensors, {POLICY: float(len(tensors["counted"]))}, int(is_token.sum()))

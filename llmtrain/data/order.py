@@ -74,16 +74,20 @@ def _mix(x: UInt64Array) -> UInt64Array:
 
 
 class ShuffledOrder:
-    """All rows of all sources once an epoch, shuffled anew each epoch."""
+    """All rows of all sources once an epoch, shuffled anew each epoch.
+
+    Attributes:
+        epoch: rows in one.
+    """
 
     def __init__(self, lengths: Sequence[int], seed: int):
         """`lengths`: rows of each source."""
         self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self.epoch = int(self._starts[-1])
         self._seed = derive_seed(seed, "shuffle")
 
     def rows_at(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
-        total = int(self._starts[-1])
-        row = permutation_index(positions % total, total, self._seed, positions // total)
+        row = permutation_index(positions % self.epoch, self.epoch, self._seed, positions // self.epoch)
         source = np.searchsorted(self._starts, row, side="right") - 1
         return source, row - self._starts[source]
 
@@ -91,8 +95,10 @@ class ShuffledOrder:
 class MixtureOrder:
     """Sources in fixed shares: each cycle of rows has the same number from each, in shuffled order.
 
-    Each source goes through its own rows in its own epochs, each row once an epoch.
+    Each source goes through its own rows in its own epochs, each row once an epoch; the whole has none.
     """
+
+    epoch = None
 
     def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int):
         """`lengths`: rows of each source; `weights`: their shares, relative to each other."""
@@ -113,6 +119,12 @@ class MixtureOrder:
             nth = cycle[here] * count + slot[here] - self._starts[number]  # the nth row that this source gives
             row[here] = permutation_index(nth % length, length, self._source_seeds[number], nth // length)
         return source, row
+
+
+def tempered(lengths: Sequence[int], temperature: float) -> list[float]:
+    """Weights of sources in proportion to their rows ** (1 / temperature), the largest 1 (arXiv 1910.10683)."""
+    most = max(lengths)
+    return [(length / most) ** (1 / temperature) for length in lengths]
 
 
 def cycle_counts(weights: Sequence[float]) -> list[int]:

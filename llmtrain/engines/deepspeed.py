@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -45,15 +45,17 @@ class DeepSpeedEngine:
         decoder.train()
         parts.prepare_layers(decoder, options)
         self._dtypes = {name: tensor.dtype for name, tensor in decoder.state_dict(keep_vars=True).items()}
-        matrices = {name for name, p in decoder.named_parameters() if p.ndim >= 2}
+        # Now, while shapes are whole: a shard of ZeRO-3 does not show them.
+        shapes = {name: p.shape for name, p in decoder.named_parameters() if p.requires_grad}
+        groups = parts.adamw_groups(shapes, recipe.optimizer)
         compute = setup.COMPUTE_DTYPE.get(recipe.precision, torch.float32)
         with setup.brought_up(recipe, world) as deepspeed:
             config = setup.configuration(deepspeed, recipe, world, decoder)
-            originals = setup.materialise(deepspeed, blueprint, world, config, compute, matrices)
+            originals = setup.materialise(deepspeed, blueprint, world, config, compute, groups)
             if self._stage == 0:
                 self._adamw = parts.build_adamw(decoder, recipe.optimizer)
             else:
-                self._adamw = setup.build_adamw(decoder, matrices, recipe.optimizer)
+                self._adamw = setup.build_adamw(decoder, groups, recipe.optimizer)
             self._engine: Any
             self._engine, *_ = deepspeed.initialize(model=decoder, optimizer=self._adamw, config=copy.deepcopy(config))
             self._sharding = deepspeed if self._stage == 3 else None
@@ -92,8 +94,7 @@ class DeepSpeedEngine:
 
     def step(self, lr: float) -> StepResult:
         """Clips by the global norm and steps; a step whose norm is not finite changes nothing."""
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
+        parts.set_learning_rate(self._adamw, lr)
         if self._old_gradients is None:
             return self._step_of_stage_0()
         self._old_gradients.forget()
@@ -120,9 +121,9 @@ class DeepSpeedEngine:
         finally:
             self._engine.train()
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The float32 weights that the optimizer steps, whatever the forward computes in."""
-        for name, tensor in self._decoder.state_dict(keep_vars=True).items():
+        for name, tensor in parts.wanted(self._decoder, names):
             if self._zero is not None and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
                 yield name, self._zero.whole(tensor, self.device).to(self._dtypes[name])
             else:
@@ -158,7 +159,7 @@ class DeepSpeedFrozen:
         self.model: nn.Module = decoder
         stage = setup.options_of(recipe).zero_stage
         if stage < 3:
-            setup.materialise(None, blueprint, world, {"zero_optimization": {"stage": stage}}, compute, set())
+            setup.materialise(None, blueprint, world, {"zero_optimization": {"stage": stage}}, compute, [])
             decoder.requires_grad_(False)
             self._autocast = recipe.precision
             return
@@ -166,7 +167,7 @@ class DeepSpeedFrozen:
             self._sharding = deepspeed
             config = setup.configuration(deepspeed, recipe, world, decoder)
             config["zero_optimization"].pop("offload_optimizer", None)
-            setup.materialise(deepspeed, blueprint, world, config, compute, set())
+            setup.materialise(deepspeed, blueprint, world, config, compute, [])
             decoder.requires_grad_(False)
             self.model, *_ = deepspeed.initialize(model=decoder, config=copy.deepcopy(config))
         self.model.eval()
@@ -177,7 +178,7 @@ class DeepSpeedFrozen:
         with torch.no_grad(), parts.forward_precision(self._autocast, self._device):
             yield
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._decoder.state_dict(keep_vars=True).items():
+    def full_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in parts.wanted(self._decoder, names):
             with _gathered(self._sharding, tensor):
                 yield name, tensor.detach().to(self._dtypes[name])

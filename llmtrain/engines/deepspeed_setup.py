@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from llmtrain.distributed import World
+from llmtrain.engines.parts import Group, build_groups
 from llmtrain.errors import InputError, TrainingError
 from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.decoder import Decoder, config_field
@@ -155,24 +156,11 @@ def configuration(deepspeed: ModuleType, recipe: Recipe, world: World, decoder: 
     return config
 
 
-def build_adamw(decoder: Decoder, matrices: set[str], spec: AdamW) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, without state: DeepSpeed puts its flat partitions in their place.
-
-    Args:
-        matrices: names of the parameters with two dimensions or more, which are decayed; a shard of
-            ZeRO-3 does not show how many it had.
-    """
-    trained = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if name in matrices], "weight_decay": spec.weight_decay},
-        {"params": [p for name, p in trained if name not in matrices], "weight_decay": 0.0},
-    ]
+def build_adamw(decoder: Decoder, groups: Sequence[Group], spec: AdamW) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, without state: DeepSpeed puts its flat partitions in their place."""
+    parameters = dict(decoder.named_parameters())
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=spec.lr,
-        betas=(spec.betas[0], spec.betas[1]),
-        eps=spec.eps,
-        fused=True,
+        build_groups(groups, parameters), lr=0.0, betas=(spec.betas[0], spec.betas[1]), eps=spec.eps, fused=True
     )
 
 
@@ -182,7 +170,7 @@ def materialise(
     world: World,
     config: Mapping[str, Any],
     dtype: torch.dtype,
-    matrices: set[str],
+    groups: Sequence[Group],
 ) -> Originals:
     """Puts the decoder on the device a layer at a time, its parameters cast to `dtype`; buffers stay.
 
@@ -191,21 +179,21 @@ def materialise(
     Args:
         deepspeed: None will do below stage 3.
         config: of the engine to be made.
-        matrices: as for `build_adamw`.
+        groups: of the optimizer, with all trained parameters; none where nothing is trained.
 
     Returns:
         What this rank will step of the trained parameters, as it was before it was cast: DeepSpeed
         would begin with float32 weights that were rounded to `dtype`.
     """
     decoder, stage = blueprint.decoder, config["zero_optimization"]["stage"]
-    runs = _runs_of_stage_3(decoder, world) if stage == 3 else _runs_of_stage_1_and_2(decoder, matrices, world, config)
+    runs = _runs_of_stage_3(decoder, world) if stage == 3 else _runs_of_stage_1_and_2(decoder, groups, world, config)
     originals: Originals = {}
     ready: dict[str, nn.Parameter] = {}
     for module in [*decoder.layers(), decoder]:
         blueprint.materialise(module, world.device)
         fresh = {name: p for name, p in decoder.named_parameters() if name not in ready and not p.is_meta}
         for name, parameter in fresh.items():
-            if parameter.dtype == dtype:
+            if parameter.dtype == dtype or not parameter.is_floating_point():
                 continue
             if parameter.requires_grad:
                 run = runs[name]
@@ -215,11 +203,34 @@ def materialise(
             _partition(deepspeed, list(fresh.values()), next(iter(ready.values()), None), config)
         ready |= fresh
     if deepspeed is not None and stage == 3:
-        # Losses use the head's weight without calling the head. Said now, or DeepSpeed finds out in some
-        # forward, and the order of gathers that it has recorded is no longer true.
-        for parameter in decoder.hf.get_output_embeddings().parameters():
-            deepspeed.zero.register_external_parameter(decoder, parameter)
+        _gather_together(deepspeed, blueprint)
     return originals
+
+
+def _gather_together(deepspeed: ModuleType, blueprint: Blueprint) -> None:
+    """Tells ZeRO-3 of weights that are read outside of the module that holds them."""
+    decoder = blueprint.decoder
+    embedding, head = decoder.hf.get_input_embeddings(), decoder.hf.get_output_embeddings()
+    # Losses use the head's weight without calling the head. Said now, or DeepSpeed finds out in some
+    # forward, and the order of gathers that it has recorded is no longer true.
+    external = set(head.parameters())
+    indivisible = [m for m in decoder.modules() if type(m) in blueprint.indivisible]
+    if embedding in indivisible:
+        # Its input has no gradient, without which DeepSpeed reduces a leaf module before its backward.
+        external |= set(embedding.parameters())
+    for parameter in external:
+        deepspeed.zero.register_external_parameter(decoder, parameter)
+    inside = set(embedding.modules())
+    leaves = [module for module in indivisible if module not in inside]
+    for module in leaves:
+        deepspeed.utils.set_z3_leaf_module(module, True)
+    if leaves:
+        # For the same reason: over a frozen embedding the first layer's input has none either.
+        embedding.register_forward_hook(_with_gradient)
+
+
+def _with_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_(True)
 
 
 def _partition(
@@ -247,7 +258,7 @@ def _runs_of_stage_3(decoder: Decoder, world: World) -> dict[str, range]:
 
 
 def _runs_of_stage_1_and_2(
-    decoder: Decoder, matrices: set[str], world: World, config: Mapping[str, Any]
+    decoder: Decoder, groups: Sequence[Group], world: World, config: Mapping[str, Any]
 ) -> dict[str, range]:
     """Of each trained parameter the elements that this rank steps; all of them where the layout is not the usual one.
 
@@ -258,11 +269,11 @@ def _runs_of_stage_1_and_2(
     if {"round_robin_gradients", "parameter_alignment"} & config["zero_optimization"].keys():
         return {name: range(numel) for name, numel in trained.items()}
     runs = {}
-    for decayed in (True, False):
-        group = {name: numel for name, numel in trained.items() if (name in matrices) == decayed}
-        size = -(-sum(group.values()) // (2 * world.size)) * 2
+    for group in groups:
+        numels = {name: trained[name] for name in group.names}
+        size = -(-sum(numels.values()) // (2 * world.size)) * 2
         place = 0
-        for name, numel in group.items():
+        for name, numel in numels.items():
             first, end = (max(0, min(edge * size - place, numel)) for edge in (world.rank, world.rank + 1))
             runs[name] = range(first, end)
             place += numel

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llmtrain.contracts import Shard
 from llmtrain.distributed import World
 from llmtrain.engines.deepspeed_setup import Originals
+from llmtrain.engines.parts import persistent_buffers
 from llmtrain.errors import TrainingError
 from llmtrain.models.decoder import Decoder
 
@@ -181,9 +182,7 @@ class ZeroState:
             value = vars(self._optimizer.loss_scaler)[attribute]
             self._copies[f"loss_scale.{attribute}"] = torch.tensor(value, dtype=dtype)
         everywhere = {name: tensor for name, tensor in self._copies.items() if name not in shards}
-        for name, tensor in self._decoder.state_dict(keep_vars=True).items():
-            if not isinstance(tensor, nn.Parameter):
-                everywhere[f"model.{name}"] = tensor
+        everywhere |= {f"model.{name}": tensor for name, tensor in persistent_buffers(self._decoder)}
         for name, tensor in everywhere.items():
             shards[name] = Shard(tensor, 0, tuple(tensor.shape), self._world.rank, self._world.size)
         return shards

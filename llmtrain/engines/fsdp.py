@@ -8,7 +8,7 @@ unit, gathered by the decoder's own forward.
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -26,7 +26,15 @@ from torch.torch_version import TorchVersion
 
 from llmtrain.contracts import Shard, StepResult
 from llmtrain.distributed import World
-from llmtrain.engines.parts import AveragedWeights, build_adamw, forward_precision, prepare_layers, trained_state
+from llmtrain.engines.parts import (
+    AveragedWeights,
+    build_adamw,
+    forward_precision,
+    prepare_layers,
+    set_learning_rate,
+    trained_state,
+    wanted,
+)
 from llmtrain.errors import InputError, TrainingError
 from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.hub import MODEL_DTYPE
@@ -90,8 +98,7 @@ class FSDPEngine:
         if applied:
             if self._clip_norm is not None and grad_norm > self._clip_norm:
                 torch._foreach_mul_(grads, (self._clip_norm / (norm + 1e-6)).to(grads[0].device))
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self._optimizer, lr)
             self._optimizer.step()
             if self._averaged is not None:
                 self._averaged.update()
@@ -109,12 +116,12 @@ class FSDPEngine:
         finally:
             self.model.train()
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The averaged weights where EMA is on, the trained ones otherwise."""
         averages = {} if self._averaged is None else self._averaged.averages
         # by identity and not by name: a tied head has a name of its own
         average_of = {id(p): averages[name] for name, p in self._trained.items() if name in averages}
-        yield from self._sharded.whole(average_of)
+        yield from self._sharded.whole(average_of, names)
 
     def state(self) -> dict[str, Shard]:
         """This rank's rows of what is trained and of its optimizer state; small tensors may have none here."""
@@ -147,8 +154,8 @@ class FSDPFrozen:
         with self._sharded.gathered_afresh(), torch.no_grad(), forward_precision(self._precision, self._device):
             yield
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._sharded.whole({})
+    def full_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        yield from self._sharded.whole({}, names)
 
 
 class Sharded:
@@ -195,10 +202,10 @@ class Sharded:
         dist.all_reduce(square, group=self._mesh.get_group("shard"))
         return square.sqrt().float()
 
-    def whole(self, instead: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def whole(self, instead: dict[int, Tensor], names: Collection[str] | None) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) one after another; `instead` gives other rows for a parameter, by its id()."""
         self.reshard()
-        for name, tensor in self.decoder.state_dict(keep_vars=True).items():
+        for name, tensor in wanted(self.decoder, names):
             yield name, self._gathered(tensor, instead.get(id(tensor)))
 
     @torch.no_grad()
@@ -353,18 +360,19 @@ def _one_mesh_to_reshard_to(options: Options, mesh: DeviceMesh) -> Iterator[None
 def _check_model(blueprint: Blueprint) -> None:
     """Raises InputError where FSDP would part what belongs together, or has nothing to cut."""
     decoder = blueprint.decoder
-    layer_of = {module: layer for layer in blueprint.layers for module in layer.modules()}
-    owner: dict[nn.Parameter, nn.Module] = {}
-    for name, module in decoder.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.ndim == 0:
-                problem = f"has a parameter without dimensions in {name or 'its root'}, which has no rows"
-            elif owner.setdefault(parameter, layer_of.get(module, decoder)) is not layer_of.get(module, decoder):
-                problem = f"shares weights of {name} between layers, which would be sharded apart"
-            else:
-                continue
-            kind = type(decoder.hf).__name__
-            raise InputError(f"{kind} {problem}", where="engine.kind", remedy="use ddp or deepspeed")
+    inside = {module for layer in blueprint.layers for module in layer.modules()}
+    outside = [module for module in decoder.modules() if module not in inside]
+    owner: dict[nn.Parameter, int] = {}
+    units = [*(layer.parameters() for layer in blueprint.layers), (p for m in outside for p in m.parameters(False))]
+    shared = {p for index, unit in enumerate(units) for p in unit if owner.setdefault(p, index) != index}
+    for name, parameter in decoder.named_parameters():
+        if parameter.ndim == 0:
+            problem = f"has a parameter without dimensions, {name}, which has no rows"
+        elif parameter in shared:
+            problem = f"shares weights of {name} between layers, which would be sharded apart"
+        else:
+            continue
+        raise InputError(f"{type(decoder.hf).__name__} {problem}", where="engine.kind", remedy="use ddp or deepspeed")
 
 
 def _prefetch(decoder: Any, layers: list[Any], ahead: int) -> None:

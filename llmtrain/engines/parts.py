@@ -1,10 +1,11 @@
 """What the engines share: precision, optimizer, averaged weights, what is done to the layers, state names."""
 
+import fnmatch
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,23 +64,83 @@ def _keep_or_recompute(context: Any, operation: Any, *args: Any, **kwargs: Any) 
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+class Group(NamedTuple):
+    """Parameters with settings of their own in the optimizer.
+
+    Attributes:
+        names: in the decoder's order.
+        lr_ratio: their learning rate over the recipe's.
+    """
+
+    names: list[str]
+    lr_ratio: float
+    weight_decay: float
+
+
+def adamw_groups(trained: Mapping[str, Sequence[int]], spec: AdamW) -> list[Group]:
+    """Who is decayed and at which rate: matrices are; biases, norms and other vectors are not.
+
+    Args:
+        trained: shape of each trained parameter, by its name in the decoder.
+
+    Raises:
+        InputError: a group of the recipe has no parameters.
+    """
+    members: dict[tuple[float, float], list[str]] = {}
+    used: set[int] = set()
+    for name, shape in trained.items():
+        usual = spec.weight_decay if is_matrix(shape) else 0.0
+        lr_ratio, weight_decay = 1.0, usual
+        for index, group in enumerate(spec.groups):
+            if fnmatch.fnmatchcase(name.removeprefix(Decoder.PREFIX), group.names):
+                used.add(index)
+                lr_ratio = group.lr_ratio
+                weight_decay = usual if group.weight_decay is None else group.weight_decay
+                break
+        members.setdefault((lr_ratio, weight_decay), []).append(name)
+    for index, group in enumerate(spec.groups):
+        if index not in used:
+            some = ", ".join(name.removeprefix(Decoder.PREFIX) for name in list(trained)[:3])
+            raise InputError(
+                f"no trained parameter is called {group.names}, or an earlier group has them all",
+                where=f"optimizer.groups.{index}.names",
+                remedy=f"correct the pattern; names are such as {some}",
+            )
+    return [Group(names, lr_ratio, weight_decay) for (lr_ratio, weight_decay), names in members.items()]
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Two dimensions of more than one: IA3's scales are [1, D], and vectors."""
+    return sum(size > 1 for size in shape) >= 2
+
+
+def build_groups(groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """As torch's optimizers take them; each keeps its `lr_ratio` for `set_learning_rate`."""
+    return [
+        {
+            "params": [parameters[name] for name in group.names],
+            "weight_decay": group.weight_decay,
+            "lr_ratio": group.lr_ratio,
+        }
+        for group in groups
+    ]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
+
+
 def build_adamw(model: nn.Module, spec: AdamW) -> torch.optim.AdamW:
-    """AdamW with the usual groups: matrices decay; biases, norms and other vectors do not.
+    """AdamW in the groups of `adamw_groups`; the learning rate is set before each step.
 
     Its state is there from the beginning: moments of zero, after 0 steps.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = adamw_groups({name: parameter.shape for name, parameter in trained.items()}, spec)
     # The fused kernel reads and writes each value once, and keeps no temporaries.
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=spec.lr,
-        betas=(spec.betas[0], spec.betas[1]),
-        eps=spec.eps,
-        fused=True,
+        build_groups(groups, trained), lr=0.0, betas=(spec.betas[0], spec.betas[1]), eps=spec.eps, fused=True
     )
     # Made now and not in the first step: a checkpoint is loaded by writing into the state.
     for group in optimizer.param_groups:
@@ -139,12 +200,24 @@ def trained_state(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
     `model.<name>`, `optimizer.<parameter>.{exp_avg,exp_avg_sq,step}`: see `contracts.Engine.state`.
     Weights that are not trained are the recipe's model's, and in no checkpoint.
     """
-    parameters = dict(decoder.named_parameters(remove_duplicate=False))
     for name, parameter in decoder.named_parameters():
         if parameter.requires_grad:
             yield f"model.{name}", parameter.detach()
             for key, value in optimizer.state[parameter].items():
                 yield f"optimizer.{name}.{key}", value
-    for name, tensor in decoder.state_dict(keep_vars=True).items():
-        if name not in parameters:
-            yield f"model.{name}", tensor
+    yield from ((f"model.{name}", tensor) for name, tensor in persistent_buffers(decoder))
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers of the state, and not what quantised layers put there beside their weights."""
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name in buffers:
+            yield name, tensor
+
+
+def wanted(model: nn.Module, names: Collection[str] | None) -> Iterator[tuple[str, Tensor]]:
+    """The state of these names, live; all of it for None."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if names is None or name in names:
+            yield name, tensor

@@ -1,7 +1,7 @@
 """Engines that hold the whole model on each rank: one process, and DistributedDataParallel."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -15,7 +15,9 @@ from llmtrain.engines.parts import (
     build_adamw,
     forward_precision,
     prepare_layers,
+    set_learning_rate,
     trained_state,
+    wanted,
 )
 from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.decoder import Decoder
@@ -80,8 +82,7 @@ class ReplicatedEngine:
         if applied:
             if self._clip_norm is not None and grad_norm > self._clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm, foreach=True)
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self._optimizer, lr)
             self._optimizer.step()
             if self._averaged is not None:
                 self._averaged.update()
@@ -98,12 +99,12 @@ class ReplicatedEngine:
         finally:
             self.model.train()
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The averaged weights where EMA is on, the trained ones otherwise."""
         averages = {} if self._averaged is None else self._averaged.averages
         # by identity and not by name: a tied head has a name of its own
         average_of = {id(p): averages[name] for name, p in self._decoder.named_parameters() if name in averages}
-        for name, tensor in self._decoder.state_dict(keep_vars=True).items():
+        for name, tensor in wanted(self._decoder, names):
             average = average_of.get(id(tensor))
             yield name, tensor.detach() if average is None else average.to(tensor.dtype)
 
@@ -133,5 +134,5 @@ class ReplicatedFrozen:
         with torch.no_grad(), forward_precision(self._precision, self._device):
             yield
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.model.state_dict().items()
+    def full_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, tensor.detach()) for name, tensor in wanted(self.model, names))

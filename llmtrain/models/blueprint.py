@@ -5,10 +5,10 @@ after another and shards each before it asks for the next. Random weights are dr
 (seed, unit), whatever the engine, so that every engine on any number of ranks begins from the same.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,17 @@ class _Unit:
     modules: list[tuple[nn.Module, PreTrainedModel]]
 
 
+class Addition(Protocol):
+    """What is put into a decoder before its weights are there, such as an adapter."""
+
+    def fill(self, unit: Collection[nn.Module], device: torch.device) -> None:
+        """Gives what was added to the modules of `unit` its values on `device`; their own weights are there.
+
+        Random numbers are drawn from torch's global generators, which are seeded by (seed, unit).
+        """
+        ...
+
+
 class Blueprint:
     """A decoder, and what its weights are made of.
 
@@ -50,11 +61,18 @@ class Blueprint:
     Attributes:
         decoder: its parameters and buffers are on the meta device until they are materialised.
         layers: the decoder layers in order, none inside another: what can be materialised alone.
+        additions: what was put in; each gives its tensors their values when a unit's own weights are there.
+        new_rows: rows of the embeddings that are those of new tokens, and began as the mean of the rows before.
+        indivisible: classes of modules whose forward reads the weights of modules inside them without
+            calling those: a backend that gathers weights module by module has to gather theirs as one.
     """
 
     def __init__(self, decoder: Decoder, seed: int = 0, files: WeightFiles | None = None):
         self.decoder = decoder
         self._seed, self._files = seed, files
+        self.additions: list[Addition] = []
+        self.new_rows = range(0)
+        self.indivisible: set[type[nn.Module]] = set()
         self.layers = _outermost(decoder.layers())
         self._units = _units(decoder, self.layers)
         self._done: set[int] = set()
@@ -82,6 +100,17 @@ class Blueprint:
             if unit.index not in self._done:
                 self._materialise(unit, device)
                 self._done.add(unit.index)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether weights are missing still."""
+        return any(tensor.is_meta for tensor in _tensors(self.decoder.modules()))
+
+    def build_whole(self) -> None:
+        """Gives everything its values now, on the CPU; `materialise` then only moves it."""
+        if self.is_empty:
+            self.materialise(self.decoder, torch.device("cpu"))
+            self._done.clear()
 
     def obstacle(self) -> str | None:
         """Why this model cannot be made on the meta device; None where it can.
@@ -135,37 +164,49 @@ class Blueprint:
                     if not tensor.is_meta:
                         tensor.data = tensor.data.to(device)
                         continue
-                    assert tensor in self._planned, f"{name} was put in on the meta device: nothing is known of it"
+                    if tensor not in self._planned:
+                        continue  # an addition's
                     if tensor not in made:  # tied weights are one tensor, and stay one
                         made[tensor] = _real(tensor, device)
                     slots[name] = made[tensor]
-        if not made:
-            return
+        if made:
+            self._give_values(unit, modules, made, device)
+        if self.additions:
+            with self._drawing((unit.index, 1), device, torch.float32):
+                for addition in self.additions:
+                    addition.fill(modules, device)
+        for module in self._modules(unit):
+            left = [name for name, tensor in _own_tensors(module) if tensor.is_meta]
+            assert not left, f"{left[0]} was put in on the meta device: nothing is known of it"
+
+    def _give_values(
+        self, unit: _Unit, modules: list[nn.Module], made: dict[Tensor, Tensor], device: torch.device
+    ) -> None:
         names = {self._in_files[tensor]: real for tensor, real in made.items() if tensor in self._in_files}
         if self._files is not None:
             self._files.read_into(names)
         read = set(names.values())
         drawn = set(made.values()) - read
-        # What was real before is as it should be: it stands with what was read.
-        kept = read | (set(_tensors(modules)) - drawn)
-        with self._drawing(unit, device):
+        # What was real before is as it should be: it stands with what was read. Additions have none yet.
+        kept = read | {tensor for tensor in _tensors(modules) if tensor not in drawn}
+        with self._drawing((unit.index,), device, self.decoder.hf.dtype):  # as while transformers builds a model
             self._initialise(unit, drawn, kept)
         if any(bool(tensor.isnan().any()) for tensor in drawn if tensor.is_floating_point()):
             raise TrainingError(f"{type(unit.root).__name__} has weights without a value after its initialisation")
 
     @contextmanager
-    def _drawing(self, unit: _Unit, device: torch.device) -> Iterator[None]:
-        """Random numbers by (seed, unit) on the CPU and on `device`, leaving the generators as they were."""
-        seed = np.random.SeedSequence(self._seed, spawn_key=(unit.index,)).generate_state(1, np.uint64)[0]
+    def _drawing(self, what: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+        """Random numbers by (seed, what) on the CPU and on `device`, leaving the generators as they were."""
+        seed = np.random.SeedSequence(self._seed, spawn_key=what).generate_state(1, np.uint64)[0]
         devices = [] if device.type == "cpu" else [device]
-        dtype = torch.get_default_dtype()
+        before = torch.get_default_dtype()
         with torch.random.fork_rng(devices=devices, device_type=device.type):
             torch.manual_seed(int(seed))
-            torch.set_default_dtype(self.decoder.hf.dtype)  # as it is while transformers builds a model
+            torch.set_default_dtype(dtype)
             try:
                 yield
             finally:
-                torch.set_default_dtype(dtype)
+                torch.set_default_dtype(before)
 
     def _initialise(self, unit: _Unit, wanted: set[Tensor], kept: set[Tensor]) -> None:
         """transformers' initialisation of `wanted`; `kept` are left as they are."""
@@ -226,8 +267,12 @@ def _left_alone(tensors: Iterable[Tensor]) -> Iterator[None]:
 def _tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Parameters and buffers of the modules themselves, tied ones as often as they are used."""
     for module in modules:
-        for slots in (module._parameters, module._buffers):
-            yield from (tensor for tensor in slots.values() if tensor is not None)
+        yield from (tensor for _, tensor in _own_tensors(module))
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for slots in (module._parameters, module._buffers):
+        yield from ((name, tensor) for name, tensor in slots.items() if tensor is not None)
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

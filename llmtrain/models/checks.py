@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmtrain.distributed import lost_ranks_told
 from llmtrain.errors import InputError
 from llmtrain.models.decoder import Decoder
 
@@ -57,7 +58,8 @@ def check_head(asked: Asked) -> None:
     """Raises InputError where the model's logits are not simply its head on its hidden states, or it cannot run."""
     ids = torch.arange(8, device=asked.device).unsqueeze(0) % asked.vocabulary
     try:
-        theirs = asked.model(ids, None, None).float()
+        with lost_ranks_told():  # a rank that died is no fault of the model's
+            theirs = asked.model(ids, None, None).float()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # sizes that transformers does not check against each other

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmtrain.errors import InputError
+from llmtrain.models.inputs import Prefix, VirtualTokens, neftune_noise
 
 T = TypeVar("T")
 HeadFunction = Callable[[Tensor, nn.Linear], T]
@@ -25,6 +26,11 @@ class Decoder(nn.Module):
     gather sharded weights in a module's hooks: a head applied outside would see shards. What the
     head computes is the algorithm's business and is passed in, so that the whole logits are never
     built and every objective shares this one forward.
+
+    Attributes:
+        hf: the transformers model.
+        prompt: what prompt learning puts before every document; data and algorithms do not see it.
+        neftune_alpha: size of the noise on the embeddings in training mode (NEFTune), or None.
     """
 
     PREFIX = "hf."  # of the transformers model's names in this module's
@@ -32,6 +38,8 @@ class Decoder(nn.Module):
     def __init__(self, hf: PreTrainedModel):
         super().__init__()
         self.hf = hf
+        self.prompt: VirtualTokens | Prefix | None = None
+        self.neftune_alpha: float | None = None
         # transformers isolates packed documents by restarted position ids only without a cache
         hf.config.use_cache = False
         self._takes_positions = "position_ids" in inspect.signature(hf.base_model.forward).parameters
@@ -48,13 +56,34 @@ class Decoder(nn.Module):
                 that transformers' own forward makes of one document a row: for checks.
         """
         if head is None:
-            logits: Tensor = self.hf(input_ids=input_ids, use_cache=False).logits
-            return logits
+            inputs, places = self._inputs(input_ids, None)
+            return _at(places, self.hf(**inputs, use_cache=False).logits)
+        inputs, places = self._inputs(input_ids, position_ids)
         # No attention mask: with one given, transformers no longer looks at the restarts. Causal
         # attention never sees padding on the right.
-        positions = {"position_ids": position_ids} if self._takes_positions else {}
-        output = self.hf.base_model(input_ids=input_ids, attention_mask=None, use_cache=False, **positions)
-        return head(output.last_hidden_state, self.hf.get_output_embeddings())
+        output = self.hf.base_model(**inputs, attention_mask=None, use_cache=False)
+        return head(_at(places, output.last_hidden_state), self.hf.get_output_embeddings())
+
+    def _inputs(self, input_ids: Tensor, position_ids: Tensor | None) -> tuple[dict[str, Any], Tensor | None]:
+        """What the transformers model is given; and where in its output the tokens are, if not where they were."""
+        positions = position_ids if self._takes_positions else None
+        inputs: dict[str, Any] = {} if positions is None else {"position_ids": positions}
+        if isinstance(self.prompt, Prefix):
+            inputs["past_key_values"] = self.prompt(input_ids.shape[0], self.hf.dtype)
+            if positions is not None:
+                inputs["position_ids"] = positions + self.prompt.num
+        alpha = self.neftune_alpha if self.training else None
+        if alpha is None and not isinstance(self.prompt, VirtualTokens):
+            return {"input_ids": input_ids, **inputs}, None
+        embeddings = self.hf.get_input_embeddings()(input_ids)
+        if alpha is not None:
+            embeddings = embeddings + neftune_noise(embeddings, position_ids, alpha)
+        if not isinstance(self.prompt, VirtualTokens):
+            return {"inputs_embeds": embeddings, **inputs}, None
+        with_prompt = self.prompt(embeddings, position_ids)
+        if positions is not None:
+            inputs["position_ids"] = with_prompt.positions
+        return {"inputs_embeds": with_prompt.embeddings, **inputs}, with_prompt.places
 
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order: what is compiled, recomputed or sharded as a unit."""
@@ -75,6 +104,13 @@ class Decoder(nn.Module):
         embedding, head = self.hf.get_input_embeddings().weight, self.hf.get_output_embeddings().weight
         return self.num_parameters() - (0 if embedding is head else embedding.numel())
 
+    def num_frozen_matmul_parameters(self) -> int:
+        """Of these, the ones that are not trained: backward computes no gradient of theirs."""
+        embedding, head = self.hf.get_input_embeddings().weight, self.hf.get_output_embeddings().weight
+        frozen = [parameter for parameter in self.parameters() if not parameter.requires_grad]
+        only_looked_up = 0 if embedding is head or embedding.requires_grad else embedding.numel()
+        return sum(parameter.numel() for parameter in frozen) - only_looked_up
+
     def attention_width(self) -> int:
         """Heads times their dimension, 0 without attention: what the attention FLOPs are counted from."""
         config = self.hf.config
@@ -90,4 +126,11 @@ class Decoder(nn.Module):
     def max_length(self, default: int) -> int:
         """Tokens the model has positions for; `default` where it has no such limit."""
         longest: int | None = config_field(self.hf.config, "max_position_embeddings")
-        return longest or default
+        return (longest or default) - (0 if self.prompt is None or longest is None else self.prompt.num)
+
+
+def _at(places: Tensor | None, states: Tensor) -> Tensor:
+    """The rows of `states` [B, T', D] at `places` [B, T]; all of them without places."""
+    if places is None:
+        return states
+    return states.gather(1, places.unsqueeze(-1).expand(-1, -1, states.shape[-1]))

@@ -1,11 +1,10 @@
 """Decoders of transformers: from a config, a directory or the hub, or a GGUF file; and export."""
 
 import copy
-import json
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,8 +29,18 @@ from llmtrain.data.tokenizer import num_ids
 from llmtrain.errors import InputError, nearest
 from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.decoder import Decoder, config_field
+from llmtrain.models.growth import rows_of_tokens, with_new_rows
+from llmtrain.models.quantised import in_four_bits
 from llmtrain.models.weights import find_weights, is_converted
-from llmtrain.recipe.schema import Model, ModelFromConfig, ModelFromGGUF, ModelFromPretrained, Recipe
+from llmtrain.recipe.schema import (
+    SFT,
+    Model,
+    ModelFromConfig,
+    ModelFromGGUF,
+    ModelFromPretrained,
+    Recipe,
+    SentencePieceTokenizer,
+)
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # of transformers' own loading and writing: it would tear our progress
@@ -75,7 +83,10 @@ def open_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Blueprint:
         InputError: unknown architecture or config field, weights that are not there or do not fit,
             vocabulary smaller than the tokenizer's, rows longer than the model's positions.
     """
-    return open_other_model(recipe.model, recipe, tokenizer)
+    blueprint = open_other_model(recipe.model, recipe, tokenizer)
+    if isinstance(recipe.algorithm, SFT):
+        blueprint.decoder.neftune_alpha = recipe.algorithm.neftune_alpha
+    return blueprint
 
 
 def open_other_model(spec: Model, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Blueprint:
@@ -83,14 +94,15 @@ def open_other_model(spec: Model, recipe: Recipe, tokenizer: PreTrainedTokenizer
     dtype = MODEL_DTYPE[recipe.precision]
     if isinstance(spec, ModelFromConfig):
         config = _config_from_fields(spec, tokenizer, recipe.sequence_length)
-        _check_fit(config, tokenizer, recipe.sequence_length)
+        _check_fit(config, tokenizer, recipe)
         blueprint = _random(config, dtype, recipe.seed, spec.attention)
     elif isinstance(spec, ModelFromPretrained):
         blueprint = _pretrained(spec, dtype, recipe, tokenizer)
     else:
         model = _from_gguf(spec, dtype)
-        _check_fit(model.config, tokenizer, recipe.sequence_length)
-        blueprint = Blueprint(Decoder(model))
+        new_rows = _check_fit(model.config, tokenizer, recipe)
+        blueprint = Blueprint(Decoder(with_new_rows(model, new_rows)), recipe.seed)
+        blueprint.new_rows = new_rows
     rows = blueprint.decoder.hf.get_input_embeddings().weight.shape[0]
     if rows < num_ids(tokenizer):
         raise InputError(
@@ -116,7 +128,7 @@ def _random(config: PreTrainedConfig, dtype: torch.dtype, seed: int, attention: 
             return blueprint
     log.info("each rank builds the whole model before it is sharded: %s", obstacle)
     torch.manual_seed(seed)
-    return Blueprint(Decoder(build()))
+    return Blueprint(Decoder(build()), seed)
 
 
 def _on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel | str:
@@ -177,25 +189,37 @@ def _pretrained(
         config = AutoConfig.from_pretrained(path, **source)
     if spec.rope_parameters is not None:
         _stretch_rope(config, spec.rope_parameters)
-    _check_fit(config, tokenizer, recipe.sequence_length)
-    blueprint = _from_files(path, spec, config, dtype)
-    if isinstance(blueprint, Blueprint):
-        return blueprint
-    log.info("each rank loads the whole model before it is sharded: %s", blueprint)
-    model = load_weights(path, "model.path", config=config, dtype=dtype, **source, **_attention(spec.attention))
-    return Blueprint(Decoder(model))
+    new_rows = _check_fit(config, tokenizer, recipe)
+    why: Blueprint | str = "it is loaded in 4 bits"
+    if spec.quantization == "none":
+        why = _from_files(path, spec, config, recipe, new_rows)
+        if isinstance(why, Blueprint):
+            return why
+        log.info("each rank loads the whole model before it is sharded: %s", why)
+    options = source | _attention(spec.attention) | in_four_bits(spec, recipe, new_rows)
+    model = load_weights(path, "model.path", config=config, dtype=dtype, **options)
+    blueprint = Blueprint(Decoder(with_new_rows(model, new_rows)), recipe.seed)
+    blueprint.new_rows = new_rows
+    return blueprint
 
 
-def _from_files(path: str, spec: ModelFromPretrained, config: PreTrainedConfig, dtype: torch.dtype) -> Blueprint | str:
+def _from_files(
+    path: str, spec: ModelFromPretrained, config: PreTrainedConfig, recipe: Recipe, new_rows: range
+) -> Blueprint | str:
     """A model whose files hold its weights as they are, or why it takes transformers to load it."""
     if spec.trust_remote_code:
         return "it may bring code of its own"
     if config.to_dict().get("quantization_config") is not None:
         return "its weights are quantised"
 
+    dtype = MODEL_DTYPE[recipe.precision]
+    # A deep copy, since transformers changes what it builds from.
+    grown = copy.deepcopy(config)
+    grown.vocab_size = max(config.vocab_size, new_rows.stop)
+
     def build() -> PreTrainedModel:
         with _as_input_error("model.path", LOADABLE):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **_attention(spec.attention))
+            return AutoModelForCausalLM.from_config(copy.deepcopy(grown), dtype=dtype, **_attention(spec.attention))
 
     model = _on_meta(build)
     if isinstance(model, str):
@@ -205,13 +229,16 @@ def _from_files(path: str, spec: ModelFromPretrained, config: PreTrainedConfig, 
     files = find_weights(path, spec.revision)
     if files is None:
         return "its safetensors could not be opened"
+    if new_rows:
+        files.set_new_rows(rows_of_tokens(model), new_rows)
     if (difference := files.difference(model)) is not None:
         return difference
     with _as_input_error("model.path", LOADABLE):
         model.generation_config = _generation_config(path, spec.revision)
     model.name_or_path = model.config.name_or_path = path
     model._weight_conversions = []  # so that it is saved under the names that it was read by
-    blueprint = Blueprint(Decoder(model), files=files)
+    blueprint = Blueprint(Decoder(model), recipe.seed, files)
+    blueprint.new_rows = new_rows
     return blueprint.obstacle() or blueprint
 
 
@@ -316,10 +343,14 @@ def _check_rope_type(parameters: Any, where: str) -> None:
             )
 
 
-def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
-    if config.vocab_size < num_ids(tokenizer):
+def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> range:
+    """The rows that the embedding is to have for the tokens that the recipe adds."""
+    num_added = 0 if isinstance(recipe.tokenizer, SentencePieceTokenizer) else len(recipe.tokenizer.add_tokens)
+    new_rows = range(num_ids(tokenizer) - num_added, num_ids(tokenizer))
+    sequence_length = recipe.sequence_length
+    if new_rows.start > config.vocab_size:
         raise InputError(
-            f"the model has {config.vocab_size} token ids and the tokenizer {num_ids(tokenizer)}",
+            f"the model has {config.vocab_size} token ids and the tokenizer {new_rows.start}",
             where="model.config.vocab_size",
             remedy=f"set it to {num_ids(tokenizer)} or more, leave it out, or use the model's own tokenizer",
         )
@@ -330,6 +361,7 @@ def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seq
             where="sequence_length",
             remedy=f"use {longest} or less, or stretch a pretrained model with rope_parameters (yarn, linear, llama3)",
         )
+    return new_rows
 
 
 @contextmanager
@@ -363,30 +395,3 @@ def _rope_warnings_as_errors(where: str) -> Iterator[None]:
     wrong = [message for message in messages if "does not match the ratio" not in message]
     if wrong:
         raise InputError(" ".join(wrong), where=where)
-
-
-def save_pretrained(
-    model: PreTrainedModel,
-    parameters: Iterable[tuple[str, Tensor]],
-    tokenizer: PreTrainedTokenizerBase,
-    directory: Path,
-) -> None:
-    """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads: config, safetensors, tokenizer.
-
-    Args:
-        model: gives the config and the names; its own weights are not read.
-        parameters: (name, whole tensor) of each weight, as `Engine.full_parameters` streams them.
-    """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters}
-    dtype = next(iter(state.values())).dtype  # read now: transformers empties the mapping as it writes
-    use_cache, model.config.use_cache = model.config.use_cache, True  # training had switched it off
-    try:
-        model.save_pretrained(directory, state_dict=state)
-    finally:
-        model.config.use_cache = use_cache
-    tokenizer.save_pretrained(directory)
-    # A config without dtype loads as float32, whatever the file holds.
-    config_file = directory / "config.json"
-    config = json.loads(config_file.read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config_file.write_text(json.dumps(config, indent=2) + "\n")

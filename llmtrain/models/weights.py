@@ -14,6 +14,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from llmtrain.models.growth import fill_new_rows
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _BUILT_BY_THE_MODEL = re.compile(r"rotary_emb\.inv_freq$")  # saved by old versions of transformers
 
@@ -31,6 +33,7 @@ class WeightFiles:
     def __init__(self, files: Iterable[Path]):
         self._file_of: dict[str, Path] = {}
         self._meta: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._new_rows: dict[str, range] = {}
         for file in files:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no mapping
@@ -40,6 +43,14 @@ class WeightFiles:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    def set_new_rows(self, names: Iterable[str], new: range) -> None:
+        """From now on the tensors of these names have such rows, the mean of those before, whatever the files hold."""
+        for name in names:
+            if name in self:
+                (rows, *rest), dtype = self._meta[name]
+                self._meta[name] = ((max(rows, new.stop), *rest), dtype)
+                self._new_rows[name] = new
 
     def difference(self, model: PreTrainedModel) -> str | None:
         """How the files differ from the model's names and shapes; None where they can be read by name."""
@@ -83,7 +94,12 @@ class WeightFiles:
         for file, names in by_file.items():
             with safe_open(file, framework="pt") as opened:  # closed after each unit: pages of it are memory, too
                 for name in names:
-                    tensors[name].copy_(opened.get_tensor(name))
+                    read = opened.get_tensor(name)
+                    if name in self._new_rows:
+                        tensors[name][: read.shape[0]] = read
+                        fill_new_rows(tensors[name], self._new_rows[name])
+                    else:
+                        tensors[name].copy_(read)
 
 
 def find_weights(path: str, revision: str | None) -> WeightFiles | None:

@@ -50,8 +50,10 @@ _DATASHEETS = {
 }
 
 
-def training_flops_per_token(num_matmul_parameters: int, num_layers: int, hidden: int, sequence_length: int) -> float:
-    """FLOPs of forward and backward for one token of a causal decoder: 6 P + 6 L h s.
+def training_flops_per_token(
+    num_matmul_parameters: int, num_layers: int, hidden: int, sequence_length: int, num_frozen: int = 0
+) -> float:
+    """FLOPs of forward and backward for one token of a causal decoder: 6 P - 2 F + 6 L h s.
 
     Attention's scores and weighted sum cost 12 L h s over the whole square; a causal kernel needs
     half of it. Packed rows, where a token sees its own document only, need less still: what is
@@ -63,8 +65,9 @@ def training_flops_per_token(num_matmul_parameters: int, num_layers: int, hidden
         num_layers: L, attention layers.
         hidden: h, number of heads times head size.
         sequence_length: s, tokens in a row.
+        num_frozen: F, those of P that have no gradient of their own.
     """
-    return 6.0 * num_matmul_parameters + 6.0 * num_layers * hidden * sequence_length
+    return 6.0 * num_matmul_parameters - 2.0 * num_frozen + 6.0 * num_layers * hidden * sequence_length
 
 
 def device_peak_flops(device: torch.device, precision: str) -> Peak:

@@ -35,13 +35,18 @@ _BOUNDS = {
 }
 
 
-def complaints(error: ValidationError, root: Node) -> list[Problem]:
-    """One problem for each of pydantic's errors, in its order."""
-    return [_complaint(dict(entry), root) for entry in error.errors(include_url=False)]
+def complaints(error: ValidationError, root: Node, schema: Any = Recipe) -> list[Problem]:
+    """One problem for each of pydantic's errors, in its order.
+
+    Args:
+        root: what was checked, with places.
+        schema: the section, or union of kinds, that it was checked against.
+    """
+    return [_complaint(dict(entry), root, schema) for entry in error.errors(include_url=False)]
 
 
-def _complaint(entry: Mapping[str, Any], root: Node) -> Problem:
-    path, parent, annotation = _locate(entry["loc"])
+def _complaint(entry: Mapping[str, Any], root: Node, schema: Any) -> Problem:
+    path, parent, annotation = _locate(entry["loc"], schema)
     kind, context = entry["type"], entry.get("ctx", {})
     if kind == "value_error":
         mentioned = _mentioned(str(context["error"]), path, root)
@@ -49,7 +54,7 @@ def _complaint(entry: Mapping[str, Any], root: Node) -> Problem:
     if kind == "missing":
         return _problem(root, path, path[:-1], f"missing key {path[-1]!r}{_meaning(parent, path[-1])}")
     if kind == "extra_forbidden":
-        return _problem(root, path, path, _unknown_key(str(path[-1]), path, parent))
+        return _problem(root, path, path, _unknown_key(str(path[-1]), path, parent, schema))
     if kind == "union_tag_not_found":
         return _problem(root, path, path, f"missing key 'kind'; allowed: {', '.join(kinds(annotation))}")
     if kind == "union_tag_invalid":
@@ -65,11 +70,11 @@ def _problem(root: Node, place: Path, key: Path, message: str) -> Problem:
     return Problem(root.place_of(place), f"{dotted}: {message}" if dotted else message)
 
 
-def _locate(loc: tuple[str | int, ...]) -> tuple[Path, Any, Any]:
+def _locate(loc: tuple[str | int, ...], schema: Any) -> tuple[Path, Any, Any]:
     """(path without the tags of unions, annotation of the section that holds it, its own annotation)."""
     path: list[str | int] = []
     parent: Any = None
-    annotation: Any = Recipe
+    annotation = schema
     for part in loc:
         members = kinds(annotation)
         if members:
@@ -104,37 +109,40 @@ def _meaning(parent: Any, name: str | int) -> str:
     return f" ({meaning})"
 
 
-def _unknown_key(name: str, path: Path, parent: Any) -> str:
+def _unknown_key(name: str, path: Path, parent: Any, schema: Any) -> str:
     section = section_class(parent)
     assert section is not None, "only sections forbid keys"
     allowed = sorted(section.model_fields, key=lambda key: key != "kind")  # the kind decides on the others
     of_kind = f" for kind {kind_of(section)}" if "kind" in allowed else ""
-    return f"unknown key {name!r}{of_kind}{_elsewhere(name, path, allowed)}; allowed: {', '.join(allowed)}"
+    return f"unknown key {name!r}{of_kind}{_elsewhere(name, path, allowed, schema)}; allowed: {', '.join(allowed)}"
 
 
-def _elsewhere(name: str, path: Path, allowed: list[str]) -> str:
+def _elsewhere(name: str, path: Path, allowed: list[str], schema: Any) -> str:
     """Where an unknown key may have been meant to go: another kind, a similar name, another section."""
-    siblings = [kind for kind, section in _siblings(path).items() if name in section.model_fields]
+    siblings = [kind for kind, section in _siblings(path, schema).items() if name in section.model_fields]
     if siblings:
         return f"; {'kinds' if len(siblings) > 1 else 'kind'} {', '.join(siblings)} would take it"
     hint = nearest(name, allowed)
     if hint:
         return hint
-    others = [dotted for dotted in dict.fromkeys(dotted_keys(Recipe)) if dotted.split(".")[-1] == name]
+    roots = kinds(schema).values() or [schema]
+    dotted = dict.fromkeys(key for root in roots for key in dotted_keys(root))
+    others = [key for key in dotted if key.split(".")[-1] == name]
     return f"; there is {' and '.join(others[:2])}" if others else ""
 
 
-def _siblings(path: Path) -> dict[str, type[Section]]:
+def _siblings(path: Path, schema: Any) -> dict[str, type[Section]]:
     """The kinds that the section above `path` comes in."""
-    annotation: Any = Recipe
+    annotation = schema
     for part in path[:-1]:
         annotation = below(annotation, part)
     return kinds(annotation)
 
 
-def _not_among(given: Any, allowed: tuple[str, ...]) -> str:
-    hint = nearest(given, allowed) if isinstance(given, str) else ""
-    return f"{_shown(given)} is not allowed{hint}; allowed: {', '.join(allowed)}"
+def _not_among(given: Any, allowed: tuple[Any, ...]) -> str:
+    names = [str(value) for value in allowed]
+    hint = nearest(given, names) if isinstance(given, str) else ""
+    return f"{_shown(given)} is not allowed{hint}; allowed: {', '.join(names)}"
 
 
 def _wrong_value(kind: str, context: Mapping[str, Any], given: Any, annotation: Any) -> str:

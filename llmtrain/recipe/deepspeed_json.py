@@ -383,7 +383,7 @@ def _scheduler(recipe: Recipe) -> Iterator[tuple[str, Any, str, Any]]:
     yield params + "warmup_type", "linear", "schedule.kind", schedule.kind
     yield params + "warmup_min_lr", 0, "schedule.kind", schedule.kind
     yield params + "warmup_min_ratio", 0, "schedule.kind", schedule.kind
-    yield params + "warmup_max_lr", recipe.optimizer.lr, "optimizer.lr", recipe.optimizer.lr
+    yield params + "warmup_max_lr", recipe.peak_lr, "optimizer.lr", recipe.peak_lr
     yield params + "warmup_num_steps", schedule.warmup_steps, "schedule.warmup_steps", schedule.warmup_steps
     yield params + "total_num_steps", recipe.steps, "steps", recipe.steps
     if isinstance(schedule, Cosine):

@@ -131,7 +131,7 @@ def _resolve(name: str, relative_to: Path | None, place: str, problems: list[Pro
 def _read_chain(file: Path, files: list[Path], problems: list[Problem]) -> Node | None:
     """The recipe in `file` laid over what it extends; None where it cannot be read."""
     files.append(file)
-    tree = _read(file, problems)
+    tree = read_mapping(file, problems)
     if tree is None:
         return None
     entries = dict(tree.value)
@@ -153,8 +153,8 @@ def _read_chain(file: Path, files: list[Path], problems: list[Problem]) -> Node 
     return merge(with_default_kinds(base), child) if base is not None else None
 
 
-def _read(file: Path, problems: list[Problem]) -> Node | None:
-    """The mapping that `file` holds; None, with a problem, where it holds none."""
+def read_mapping(file: Path, problems: list[Problem], what: str = "recipe") -> Node | None:
+    """The mapping that a YAML file holds; None, with a problem, where it holds none."""
     try:
         with file.open("rb") as opened:
             raw = opened.read(_MAX_BYTES + 1)
@@ -162,7 +162,7 @@ def _read(file: Path, problems: list[Problem]) -> Node | None:
         problems.append(Problem(str(file), f"cannot be read: {error.strerror}"))
         return None
     if len(raw) > _MAX_BYTES:
-        problems.append(Problem(str(file), f"has more than {_MAX_BYTES:,} bytes; a recipe is a short YAML file"))
+        problems.append(Problem(str(file), f"has more than {_MAX_BYTES:,} bytes; a {what} is a short YAML file"))
         return None
     try:
         text = raw.decode("utf-8-sig")
@@ -176,9 +176,9 @@ def _read(file: Path, problems: list[Problem]) -> Node | None:
     if tree is None:
         return None
     if tree.value is None:
-        problems.append(Problem(tree.place, "the recipe is empty"))
+        problems.append(Problem(tree.place, f"the {what} is empty"))
         return None
     if not isinstance(tree.value, dict):
-        problems.append(Problem(tree.place, "a recipe is a mapping: lines of key: value"))
+        problems.append(Problem(tree.place, f"a {what} is a mapping: lines of key: value"))
         return None
     return tree

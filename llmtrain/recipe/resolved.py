@@ -14,20 +14,48 @@ from llmtrain import __version__
 from llmtrain.recipe.schema import Recipe
 from llmtrain.recipe.yaml_tree import dump
 
+RESOLVED = "recipe.resolved.yaml"  # the file in a run directory
+
 # Keys that say how a run is carried out and watched, not what it computes: a run may be resumed
 # with other values here. Everything else makes it another run.
 EXECUTION_KEYS = frozenset(
-    {"description", "output_dir", "device", "engine", "evaluation", "samples", "checkpoint", "watchdog", "logging"}
+    {
+        "description",
+        "output_dir",
+        "device",
+        "engine",
+        "early_stopping",
+        "evaluation",
+        "samples",
+        "checkpoint",
+        "watchdog",
+        "logging",
+    }
 )
 EXECUTION_SUBKEYS = frozenset({"batch.micro_sequences", "data.cache_dir"})
 
 # Those whose version can change a run's numbers or files.
-_PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "datasets", "accelerate", "safetensors", "numpy")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "datasets",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+)
 
 
 def resolved_dump(recipe: Recipe) -> str:
     """YAML with every key, defaults filled in; it loads back to an equal recipe."""
     return dump(_kind_first(recipe.model_dump()))
+
+
+def flattened(recipe: Recipe) -> dict[str, Any]:
+    """All of it: dotted key to JSON value."""
+    return dict(_flatten(recipe.model_dump(), ""))
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:

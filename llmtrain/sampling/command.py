@@ -1,126 +1,134 @@
-"""`llmtrain generate`: texts from a run or from a model directory, through transformers' generate."""
+"""`llmtrain generate`: continue texts, chat, or answer a file of prompts."""
 
 import logging
-import os
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import typer
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from llmtrain.data.tokenizer import document_frame, load_tokenizer
 from llmtrain.distributed import choose_device
-from llmtrain.errors import InputError
-from llmtrain.models.decoder import config_field
-from llmtrain.models.hub import load_weights
-from llmtrain.sampling.autoregressive import GREEDY_BELOW
+from llmtrain.errors import EXIT_INTERRUPTED, InputError
+from llmtrain.models.saved import Location, Saved, load_located, locate
+from llmtrain.sampling.batched import Request, Sampling, TextGenerator
+from llmtrain.sampling.chat import Chat
+from llmtrain.sampling.completions import check_output, complete_file, read_input
+from llmtrain.sampling.prompts import check_chat_template, check_is_text, encode_text, end_ids
 
 log = logging.getLogger(__name__)
 
 
-def generate(
-    model: str,
-    prompts: list[str],
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_p: float = 1.0,
-    num: int = 1,
-    seed: int = 0,
-    device: str = "auto",
-) -> int:
-    """Prints `num` continuations of each prompt as they are made; returns the exit code.
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model, and how it is held.
 
-    Args:
-        model: a run directory (its final/ is used) or a Hugging Face model directory or hub name.
-        temperature: 0 is greedy.
-        top_p: nucleus sampling (arXiv 1904.09751); 1 is off.
+    Attributes:
+        name: a run, model or adapter directory, or a hub name.
+        base: the model under an adapter, in place of the one that the adapter names.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+        device: auto, cpu or cuda.
+    """
+
+    name: str
+    base: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def load(self, location: Location | None = None) -> Saved:
+        """The model and its tokenizer; `location` where it was looked up before.
+
+        Raises:
+            InputError: it is not there, or does not fit.
+        """
+        location = location or locate(self.name, self.base)
+        device = choose_device(self.device, local_rank=0)
+        with Console(stderr=True).status(f"loading {location.path}"):
+            return load_located(location, dtype=self.dtype, device=device)
+
+
+def generate(choice: ModelChoice, prompts: list[str], sampling: Sampling, num: int) -> int:
+    """Prints `num` continuations of each prompt as they are made; returns the exit code.
 
     Raises:
         InputError: no model there, or a prompt that does not fit it.
     """
     for prompt in prompts:
-        _check_is_text(prompt)
-    where = _model_directory(model)
+        check_is_text(prompt, "--prompt")
+    saved = choice.load()
+    generator = TextGenerator(saved, end_ids(saved), sampling)
     console = Console(highlight=False)
-    chosen = choose_device(device, local_rank=0)
-    with console.status(f"loading {where}"):
-        tokenizer = load_tokenizer(where)
-        weights = load_weights(where, where).to(chosen).eval()
-    torch.manual_seed(seed)
-    for prompt in prompts:
-        for number in range(num):
-            title = f"{prompt[:50]!r}" + (f" ({number + 1} of {num})" if num > 1 else "")
+    for row, prompt in enumerate(prompts):
+        for sample in range(num):
+            title = f"{prompt[:50]!r}" + (f" ({sample + 1} of {num})" if num > 1 else "")
             console.rule(title, align="left")
-            _continue(weights, tokenizer, prompt, max_new_tokens, temperature, top_p)
+            _continue(saved, generator, prompt, row, sample)
     return 0
 
 
-def _check_is_text(prompt: str) -> None:
-    """Raises InputError for bytes on the command line that are not UTF-8: Python makes surrogates of them."""
+def _continue(saved: Saved, generator: TextGenerator, prompt: str, row: int, sample: int) -> None:
+    ids = encode_text(saved.tokenizer, prompt, "--prompt")
+    room, wanted = generator.room(len(ids)), generator.sampling.max_new_tokens
+    if room <= 0:
+        assert saved.window is not None
+        raise InputError(
+            f"the prompt has {len(ids)} tokens, and the model's window is {saved.window}",
+            where="--prompt",
+            remedy=f"shorten it to {saved.window - 1} tokens or less",
+        )
+    if room < wanted:
+        log.warning("at most %d new tokens: the model's window is %d tokens", room, saved.window)
+    typer.echo(prompt, nl=False)
+    generator.generate([Request(ids, row, sample)], lambda _, completion: None, lambda text: typer.echo(text, nl=False))
+    typer.echo()
+
+
+def chat(choice: ModelChoice, sampling: Sampling, system: str) -> int:
+    """A conversation on stdin and stdout; returns the exit code.
+
+    Raises:
+        InputError: no model there, or none with a chat template.
+    """
+    check_is_text(system, "--system")
+    saved = choice.load()
+    check_chat_template(saved, "--chat", "use --prompt to let it continue texts, or a model that was taught to chat")
+    return Chat(saved, TextGenerator(saved, end_ids(saved), sampling), system).run()
+
+
+@dataclass(frozen=True)
+class Files:
+    """What batch mode reads and writes, and how.
+
+    Attributes:
+        skip_long: leave prompts that do not fit the window without a completion.
+        batch_tokens: about so many positions are computed at once.
+    """
+
+    input: Path
+    output: Path
+    skip_long: bool = False
+    batch_tokens: int = 8192
+
+
+def complete(choice: ModelChoice, files: Files, sampling: Sampling, num: int) -> int:
+    """Answers each row of a JSONL file `num` times into another; returns the exit code.
+
+    Raises:
+        InputError: a file, a row or the model is wrong.
+        TrainingError: the disk is full.
+    """
+    check_output(files.output)
+    rows = read_input(files.input)
+    saved = choice.load()
+    generator = TextGenerator(saved, end_ids(saved), sampling, files.batch_tokens)
     try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the prompt is not UTF-8 at character {error.start}: {prompt[error.start : error.start + 20]!r}",
-            where="--prompt",
-            remedy="give it in UTF-8; the terminal or a script may use another encoding",
-        ) from None
-
-
-def _model_directory(model: str) -> str:
-    path = Path(model)
-    if not os.path.exists(path):
-        if path.is_absolute() or model.startswith(".") or model.count("/") != 1 or path.parent.is_dir():
-            raise InputError(f"no such directory: {model}", remedy="give a run directory or a model directory")
-        return model  # a hub name
-    if (path / "final" / "config.json").is_file():
-        return str(path / "final")
-    if (path / "config.json").is_file():
-        return str(path)
-    if (path / "recipe.resolved.yaml").is_file():
-        raise InputError(
-            f"the run in {model} is not finished: it has no final/ yet",
-            remedy="run its `llmtrain train` command again, which goes on from its last checkpoint",
-        )
-    raise InputError(f"{model} holds no model (no config.json)", remedy="give a run directory or a model directory")
-
-
-def _continue(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-) -> None:
-    before, _ = document_frame(tokenizer)
-    ids = [*before, *tokenizer.encode(prompt, add_special_tokens=False)]
-    if not ids:
-        raise InputError(
-            "an empty prompt, and the tokenizer has no beginning-of-text token",
-            where="--prompt",
-            remedy="give the text to continue",
-        )
-    longest: int | None = config_field(model.config, "max_position_embeddings")
-    if longest is not None and len(ids) >= longest:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens, and the model's window is {longest}",
-            where="--prompt",
-            remedy=f"shorten it to {longest - 1} tokens or less",
-        )
-    room = max_new_tokens if longest is None else min(max_new_tokens, longest - len(ids))
-    if room < max_new_tokens:
-        log.warning("at most %d new tokens: the model's window is %d tokens", room, longest)
-    sampling: dict[str, float | bool] = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    if temperature < GREEDY_BELOW:
-        sampling = {"do_sample": False}
-    batch = torch.tensor([ids], device=model.device)
-    model.generate(
-        batch,
-        attention_mask=torch.ones_like(batch),
-        max_new_tokens=room,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampling,
-    )
+        done = complete_file(saved, files.input, files.output, rows, generator, num, files.skip_long)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from there", err=True)
+        return EXIT_INTERRUPTED
+    parts = [f"{done.done} rows done, {done.tokens} tokens in {done.seconds:.1f} s"]
+    if done.before:
+        parts.append(f"{done.before} were done before")
+    if done.skipped:
+        parts.append(f"{done.skipped} did not fit the window of {saved.window} tokens and have no completion")
+    typer.echo(f"{files.output}: {'; '.join(parts)}")
+    return 0

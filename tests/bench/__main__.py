@@ -4,12 +4,13 @@ import argparse
 import json
 import sys
 
-from tests.bench import checkpoint, communication, loop, pretrain
+from tests.bench import checkpoint, communication, loop, pretrain, sft
 from tests.bench.harness import PeerMissing
 
 BENCHES = {
     "pretrain": pretrain.bench,
     "loop": loop.bench,
+    "sft": sft.bench,
     "checkpoint": checkpoint.bench,
     "communication": communication.bench,
 }

@@ -5,7 +5,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from llmtrain.engines.deepspeed import DeepSpeedEngine, DeepSpeedFrozen
 from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.decoder import Decoder
 from llmtrain.models.loss_head import IGNORE_INDEX, linear_cross_entropy
+from llmtrain.models.peft import Adapter
 from llmtrain.recipe.schema import Recipe
-from tests import tiny
+from tests import adapters, tiny
 
 CPU = torch.device("cpu")
 VOCABULARY = 97  # so that parameters do not divide by the ranks
@@ -58,11 +59,29 @@ class Case:
         batch = {"sequences": 2 * RANKS * MICROS, "micro_sequences": 2}
         return tiny.recipe(batch=batch, optimizer=ADAMW, precision=precision, engine=section | engine)
 
-    def engine(
-        self, stage: int, *, seed: int = 0, tied: bool = False, lora: bool = False, **options: Any
-    ) -> DeepSpeedEngine:
-        plan = blueprint_with_lora() if lora else blueprint(seed, tied)
-        return DeepSpeedEngine(plan, self.recipe(stage, **options), self.world)
+    def engine(self, stage: int, *, seed: int = 0, tied: bool = False, **options: Any) -> DeepSpeedEngine:
+        return DeepSpeedEngine(blueprint(seed, tied), self.recipe(stage, **options), self.world)
+
+    def asked(self, adapter: dict[str, Any], stage: int, **options: Any) -> Recipe:
+        """An adapter on the tiny pretrained model."""
+        base = self.directory / "base"
+        if self.world.is_main and not base.exists():
+            adapters.pretrained(base, vocab_size=VOCABULARY)
+        distributed.barrier()
+        section = adapters.recipe(base, adapter, optimizer=ADAMW | options.pop("optimizer", {}))
+        kept = ("model", "tokenizer", "adapter", "data", "optimizer")
+        return self.recipe(stage, **options).model_copy(update={name: section.__dict__[name] for name in kept})
+
+    def blueprint_with(self, adapter: dict[str, Any], stage: int, **options: Any) -> tuple[Blueprint, Recipe]:
+        """The adapter put in before any weight is there."""
+        asked = self.asked(adapter, stage, **options)
+        return adapters.adapted(asked)[0], asked
+
+    def tuned(self, stage: int, adapter: dict[str, Any], **options: Any) -> "Tuned":
+        """The engine, and the same in one process."""
+        asked = self.asked(adapter, stage, **options)
+        (plan, made), (whole_plan, _) = adapters.adapted(asked), adapters.adapted(asked)
+        return Tuned(DeepSpeedEngine(plan, asked, self.world), made, Plain(whole_plan))
 
     def mine(self, micros: list[Micro]) -> list[Micro]:
         share = len(micros) // self.world.size
@@ -77,6 +96,12 @@ class Case:
         return engine.step(LR)
 
 
+class Tuned(NamedTuple):
+    engine: DeepSpeedEngine
+    adapter: Adapter
+    plain: "Plain"
+
+
 class Plain:
     """The oracle: one process, torch's own pieces, the whole global batch.
 
@@ -88,8 +113,8 @@ class Plain:
         self.model = plan.decoder.train()
         self.autocast, self.mixed = precision == "bf16_autocast", precision == "bf16_mixed"
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
-        others = [p for p in self.parameters.values() if p.ndim < 2]
+        matrices = [p for p in self.parameters.values() if p.ndim >= 2 and min(p.shape) > 1]
+        others = [p for p in self.parameters.values() if p.ndim < 2 or min(p.shape) == 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=LR, betas=(0.9, 0.95), eps=1e-4)
 
@@ -131,19 +156,6 @@ def blueprint(seed: int = 0, tied: bool = False) -> Blueprint:
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields), dtype=torch.float32)
     return Blueprint(Decoder(hf), seed)
-
-
-def blueprint_with_lora() -> Blueprint:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    plan = blueprint()
-    plan.materialise(plan.decoder, CPU)
-    torch.manual_seed(5)
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    inject_adapter_in_model(config, plan.decoder.hf)
-    for name, parameter in plan.decoder.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return Blueprint(plan.decoder)
 
 
 def batches(num: int, seed: int = 3) -> Iterator[list[Micro]]:

@@ -5,6 +5,7 @@
 Writes DIRECTORY/results.json: for each check the empty string, or what went wrong.
 """
 
+import functools
 import gc
 import json
 import math
@@ -25,17 +26,18 @@ from llmtrain.engines import deepspeed_setup as setup
 from llmtrain.engines.deepspeed import DeepSpeedEngine, DeepSpeedFrozen
 from llmtrain.errors import InputError, TrainingError
 from llmtrain.models.blueprint import Blueprint
+from tests import adapters
 from tests.distributed.deepspeed_case import (
     CPU,
     LR,
     SECONDS,
     Case,
     Plain,
+    Tuned,
     assert_close,
     assert_trains_alike,
     batches,
     blueprint,
-    blueprint_with_lora,
     gathered,
     in_bf16,
     nll,
@@ -59,10 +61,59 @@ def checkpointed(case: Case, stage: int) -> None:
     assert_trains_alike(case, case.engine(stage, activation_checkpointing="full"), Plain(blueprint()))
 
 
-def lora(case: Case, stage: int) -> None:
-    engine = case.engine(stage, lora=True)
-    assert_trains_alike(case, engine, Plain(blueprint_with_lora()))
-    assert all("lora_" in name for name in engine.state()), "frozen weights are in the state"
+# Of each way that peft's layers read their weights, which matters where these are sharded.
+ADAPTERS = ("lora", "lora, dora", "lora, whole embeddings", "lora, on the embedding", "ia3", "VBLORA")
+PROMPTS = ("prompt_tuning", "p_tuning, lstm", "prefix_tuning")
+
+
+def adapters_in_layers(case: Case, stage: int) -> None:
+    for kind in ADAPTERS if stage == 3 else ADAPTERS[2:3] + ADAPTERS[:1]:
+        tuned = case.tuned(stage, adapters.KINDS[kind])
+        trains_as_plain(case, tuned, kind)
+        if kind == "lora":
+            second = case.tuned(stage, adapters.KINDS[kind]).engine
+            write(second, gathered(tuned.engine.state()))
+            micros = next(batches(1, seed=9))
+            assert case.step(second, micros) == case.step(tuned.engine, micros)
+
+
+def prompts(case: Case, stage: int) -> None:
+    for kind in PROMPTS if stage == 3 else PROMPTS[:1]:
+        trains_as_plain(case, case.tuned(stage, adapters.KINDS[kind]), kind)
+
+
+def trains_as_plain(case: Case, tuned: Tuned, kind: str) -> None:
+    engine, adapter, plain = tuned
+    trained = {f"model.{name}" for name in plain.parameters}
+    for micros in batches(3):
+        result, norm = case.step(engine, micros), plain.step(micros)
+        assert abs(result.grad_norm / norm - 1) < 2e-6, (kind, result, norm)
+    assert_close(whole(engine), plain.model.state_dict(), 3e-6)
+    state = {name for of_rank in distributed.gather_objects(list(engine.state())) for name in of_rank}
+    assert {name for name in state if name.startswith("model.")} == trained, "frozen weights are in the state"
+    assert {name for name, _ in engine.full_parameters(adapter.names)} == adapter.names
+
+
+def learning_rates(case: Case, stage: int) -> None:
+    """Groups of their own; their state goes on without them."""
+    groups = [
+        {"names": "*lora_B*", "lr_ratio": 4.0},
+        {"names": "*down_proj*", "lr_ratio": 0.5, "weight_decay": 0.0},
+    ]
+    engine, _, plain = case.tuned(stage, adapters.LORA, optimizer={"groups": groups})
+    settings = []
+    for name, parameter in plain.parameters.items():
+        lr, decay = (LR * 4, 0.1) if "lora_B" in name else (LR / 2, 0.0) if "down_proj" in name else (LR, 0.1)
+        settings.append({"params": [parameter], "lr": lr, "weight_decay": decay})
+    plain.optimizer = torch.optim.AdamW(settings, betas=(0.9, 0.95), eps=1e-4)
+    for micros in batches(3):
+        case.step(engine, micros)
+        plain.step(micros)
+    assert_close(whole(engine), plain.model.state_dict(), 3e-6)
+    other = case.tuned(stage, adapters.LORA).engine
+    state = gathered(engine.state())
+    write(other, state)
+    assert_close(gathered(other.state()), state, 0)
 
 
 def cpu_offload(case: Case, stage: int) -> None:
@@ -246,13 +297,19 @@ def unused_offloaded(case: Case, stage: int) -> None:
 def layer_by_layer(case: Case, stage: int) -> None:
     """No rank holds more than a layer whole while the model is made."""
 
-    class Watched(Blueprint):
-        def materialise(self, module: nn.Module, device: torch.device) -> None:
-            wholes = [name for name, p in self.decoder.named_parameters() if not p.is_meta and p.numel()]
-            assert not wholes, f"whole while {type(module).__name__} is made: {wholes}"
-            super().materialise(module, device)
+    original = Blueprint.materialise
 
-    DeepSpeedEngine(Watched(blueprint().decoder), case.recipe(stage, precision="bf16_mixed"), case.world)
+    def watched(self: Blueprint, module: nn.Module, device: torch.device) -> None:
+        wholes = [name for name, p in self.decoder.named_parameters() if not p.is_meta and p.numel()]
+        assert not wholes, f"whole while {type(module).__name__} is made: {wholes}"
+        original(self, module, device)
+
+    plan = blueprint()
+    plan.materialise = functools.partial(watched, plan)  # type: ignore[method-assign]
+    DeepSpeedEngine(plan, case.recipe(stage, precision="bf16_mixed"), case.world)
+    plan, asked = case.blueprint_with(adapters.KINDS["lora, dora"], stage, precision="bf16_mixed")
+    plan.materialise = functools.partial(watched, plan)  # type: ignore[method-assign]
+    DeepSpeedEngine(plan, asked, case.world)
 
 
 def loss_scale(case: Case, stage: int) -> None:
@@ -323,7 +380,9 @@ CHECKS: dict[str, tuple[Callable[[Case, int], None], tuple[int, ...]]] = {
         (equals_plain, STAGES),
         (tied, STAGES),
         (checkpointed, (1, 3)),
-        (lora, STAGES),
+        (adapters_in_layers, STAGES),
+        (prompts, STAGES),
+        (learning_rates, STAGES),
         (cpu_offload, (1, 2, 3)),
         (not_finite, STAGES),
         (state_moves, STAGES),
@@ -366,7 +425,7 @@ def run(names: Iterable[str], directory: Path, results: dict[str, str]) -> None:
 def main(directory: Path, names: list[str]) -> None:
     results: dict[str, str] = {}
     if "RANK" in os.environ:
-        run(names or CHECKS, directory, results)
+        run([name for name in CHECKS if not names or name in names], directory, results)  # in their order
     else:
         # One process without a launcher, as several runs in one: each has a process group of its own.
         for name in names:

@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 TITLES = [
-    *(f"{name}[{stage}]" for name in ("equals_plain", "tied", "lora", "not_finite") for stage in range(4)),
+    *(f"{name}[{stage}]" for name in ("equals_plain", "tied", "not_finite") for stage in range(4)),
     *(f"{name}[{stage}]" for name in ("state_moves", "frozen", "names", "autocast") for stage in range(4)),
     *(
         f"{name}[{stage}]"
@@ -40,6 +40,7 @@ TITLES = [
         "secondary_shards[3]",
     ),
 ]
+OF_ADAPTERS = [f"{name}[{stage}]" for name in ("adapters_in_layers", "prompts", "learning_rates") for stage in range(4)]
 ALONE = ["equals_plain", "cpu_offload", "deadlines"]
 
 
@@ -61,7 +62,20 @@ def launch(directory: Path, launcher: list[str], *checks: str) -> dict[str, str]
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return launch(tmp_path_factory.mktemp("two"), launcher)
+    return launch(tmp_path_factory.mktemp("two"), launcher, *dict.fromkeys(title.partition("[")[0] for title in TITLES))
+
+
+@pytest.fixture(scope="module")
+def two_ranks_with_adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    checks = dict.fromkeys(title.partition("[")[0] for title in OF_ADAPTERS)
+    return launch(tmp_path_factory.mktemp("adapters"), launcher, *checks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", OF_ADAPTERS)
+def test_two_ranks_with_adapters(two_ranks_with_adapters: dict[str, str], title: str) -> None:
+    assert not two_ranks_with_adapters[title], two_ranks_with_adapters[title]
 
 
 def test_the_list_of_checks_is_whole(two_ranks: dict[str, str]) -> None:

@@ -15,37 +15,40 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from llmtrain.contracts import Shard, mark_last
-from llmtrain.distributed import World, gather_objects, joined
+from llmtrain.distributed import World, barrier, gather_objects, joined
 from llmtrain.engines.fsdp import FSDPEngine, FSDPFrozen, shard
-from llmtrain.errors import TrainingError
+from llmtrain.errors import InputError, TrainingError
 from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.decoder import Decoder
 from llmtrain.models.hub import open_model
 from llmtrain.models.loss_head import IGNORE_INDEX, linear_cross_entropy
+from llmtrain.models.peft import Adapter
 from llmtrain.recipe.schema import Recipe
-from tests import tiny
+from tests import adapters, tiny
 
 ADAMW = {"kind": "adamw", "lr": 1.0, "eps": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.1, "clip_norm": 0.5}
+ENGINE = {"kind": "fsdp", "timeout_seconds": 60}
 LR, ROWS, MICRO = 2e-3, 12, 3
 # 97 rows do not divide by the ranks, and of vectors of six numbers the last of four ranks has none.
 QWEN3 = tiny.LLAMA | {"vocab_size": 97, "head_dim": 6}
 CPU = torch.device("cpu")
+ADAPTERS = ("lora", "lora, dora", "lora, pissa", "lora, whole embeddings", "MISS", "prompt_tuning", "prefix_tuning")
+DIRECTORY: list[Path] = []  # of this process's results
 
 
 def recipe(*, architecture: str = "llama", fields: dict[str, Any] | None = None, **overrides: Any) -> Recipe:
-    engine = {"kind": "fsdp", "timeout_seconds": 60} | overrides.pop("engine", {})
+    engine = ENGINE | overrides.pop("engine", {})
     shape = (tiny.LLAMA if fields is None else fields) | {"vocab_size": 97}
     model = {"kind": "config", "architecture": architecture, "config": shape}
     optimizer = ADAMW | overrides.pop("optimizer", {})
@@ -102,10 +105,12 @@ class Truth:
         self.model, self.clip_norm = decoder.train(), clip_norm
         self.parameters = [p for p in decoder.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": 0.1},
-            {"params": [p for p in self.parameters if p.ndim == 1], "weight_decay": 0.0},
+            {"params": [p for p in self.parameters if min(p.shape) > 1 < p.ndim], "weight_decay": 0.1},
+            {"params": [p for p in self.parameters if not min(p.shape) > 1 < p.ndim], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-5, foreach=False)
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=LR, betas=(0.9, 0.95), eps=1e-5, foreach=False
+        )
 
     def step(self, ids: Tensor, targets: Tensor) -> float:
         self.optimizer.zero_grad()
@@ -184,25 +189,83 @@ def other_precisions(world: World) -> None:
     assert {tensor.dtype for name, tensor in engine.full_parameters()} == {torch.bfloat16}
 
 
-def adapters_train_over_a_frozen_base(world: World) -> None:
-    def adapted() -> Decoder:
-        decoder = tiny.decoder(seed=1, vocab_size=97)
-        torch.manual_seed(2)
-        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
-        inject_adapter_in_model(config, decoder.hf)
-        return decoder
+class Tuned(NamedTuple):
+    engine: FSDPEngine
+    adapter: Adapter
+    truth: Truth
 
-    asked = recipe()
-    engine, truth = FSDPEngine(Blueprint(adapted()), asked, world), Truth(adapted())
-    before = {name: tensor.clone() for name, tensor in engine.full_parameters()}
+
+def tuned(world: World, adapter: dict[str, Any], **overrides: Any) -> Tuned:
+    """An adapter on the tiny pretrained model, put in before any weight is there; and in one process."""
+    base = DIRECTORY[0] / "base"
+    if world.is_main and not base.exists():
+        adapters.pretrained(base, vocab_size=97)
+    barrier()
+    optimizer = ADAMW | overrides.pop("optimizer", {})
+    asked = adapters.recipe(base, adapter, engine=ENGINE, optimizer=optimizer, **overrides)
+    plan, made = adapters.adapted(asked)
+    whole_plan, _ = adapters.adapted(asked.model_copy(update={"precision": "fp32"}))
+    whole_plan.materialise(whole_plan.decoder, CPU)
+    return Tuned(FSDPEngine(plan, asked, world), made, Truth(whole_plan.decoder))
+
+
+def adapters_train_over_a_frozen_base(world: World) -> None:
+    for kind in (
+        "lora",
+        "lora, dora",
+        "lora, pissa",
+        "lora, whole embeddings",
+        "MISS",
+        "prompt_tuning",
+        "prefix_tuning",
+    ):
+        engine, adapter, truth = tuned(world, adapters.KINDS[kind])
+        assert_near(engine, truth.model, relative=0)
+        before = {name: tensor.clone() for name, tensor in engine.full_parameters()}
+        for _, (ids, targets) in zip(range(4), batches(), strict=False):
+            norm, _ = step(engine, ids, targets, world)
+            assert norm == pytest.approx(truth.step(ids, targets), rel=1e-5), kind
+        assert_near(engine, truth.model)
+        trained = {name for name, p in truth.model.named_parameters() if p.requires_grad}
+        for name, tensor in engine.full_parameters():
+            assert torch.equal(tensor, before[name]) is (name not in trained), name
+        # The base is the recipe's, and in no checkpoint; and an export gathers nothing of it.
+        assert {name for name in engine.state() if name.startswith("model.")} <= {f"model.{name}" for name in trained}
+        assert trained <= {name for name, _ in engine.full_parameters(adapter.names)} == adapter.names
+
+
+def frozen_weights_are_kept_as_they_are_computed_with(world: World) -> None:
+    engine, _, truth = tuned(world, adapters.LORA, precision="bf16_mixed")
+    for parameter in engine.model.parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+    for _, (ids, targets) in zip(range(2), batches(), strict=False):
+        norm, applied = step(engine, ids, targets, world)
+        assert applied and norm == pytest.approx(truth.step(ids, targets), rel=3e-2)
+
+
+def learning_rates_of_groups(world: World) -> None:
+    groups = [{"names": "*lora_B*", "lr_ratio": 4.0}, {"names": "*down_proj*", "lr_ratio": 0.0}]
+    engine, _, truth = tuned(world, adapters.LORA, optimizer={"groups": groups})
+    truth.optimizer = torch.optim.AdamW(
+        [
+            {"params": [p], "lr": LR * (4.0 if "lora_B" in name else 0.0 if "down_proj" in name else 1.0)}
+            for name, p in truth.model.named_parameters()
+            if p.requires_grad
+        ],
+        betas=(0.9, 0.95),
+        eps=1e-5,
+        weight_decay=0.1,
+        foreach=False,
+    )
     for _, (ids, targets) in zip(range(4), batches(), strict=False):
-        norm, _ = step(engine, ids, targets, world)
-        assert norm == pytest.approx(truth.step(ids, targets), rel=1e-5)
+        step(engine, ids, targets, world)
+        truth.step(ids, targets)
     assert_near(engine, truth.model)
-    for name, tensor in engine.full_parameters():
-        assert torch.equal(tensor, before[name]) is ("lora" not in name), name
-    assert {name.split(".")[0] for name in engine.state()} == {"model", "optimizer"}
-    assert all("lora" in name for name in engine.state())  # the base is the recipe's, and in no checkpoint
+
+
+def layers_that_share_weights_are_refused(world: World) -> None:
+    with pytest.raises(InputError, match="shares weights of .* between layers"):
+        tuned(world, adapters.KINDS["VBLORA"])
 
 
 def a_forward_without_backward_leaves_nothing_stale(**options: Any) -> Callable[[World], None]:
@@ -497,6 +560,9 @@ CHECKS: dict[int, dict[str, Callable[[World], None]]] = {
         "bf16_mixed": bf16_mixed_is_near_float32_and_computes_in_bf16,
         "other_precisions": other_precisions,
         "adapters": adapters_train_over_a_frozen_base,
+        "adapters_bf16_mixed": frozen_weights_are_kept_as_they_are_computed_with,
+        "learning_rates": learning_rates_of_groups,
+        "shared_by_layers": layers_that_share_weights_are_refused,
         "stale": a_forward_without_backward_leaves_nothing_stale(),
         "stale_when_kept": a_forward_without_backward_leaves_nothing_stale(reshard_after_forward=False),
         "not_finite": a_step_that_is_not_finite_is_skipped_on_all_ranks,
@@ -560,6 +626,7 @@ def launch(directory: Path, ranks: int, names: list[str]) -> dict[str, str]:
 
 
 def main(directory: Path, ranks: int, names: list[str]) -> None:
+    DIRECTORY.append(directory)
     with joined("cpu", 60) as world:
         for name in names:
             problem = ""

@@ -15,6 +15,7 @@ import pytest
 from llmtrain.data import built
 from llmtrain.data import cache as module
 from llmtrain.data.built import ASIDE, build_once, read_about
+from llmtrain.data.documents import Texts
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.recipe.schema import TextSource
 from tests.unit.data.corpora import byte_level_tokenizer, text_documents
@@ -40,7 +41,7 @@ def build(directory: Path, cache: Path, answer: Connection) -> None:
     source = TextSource.model_validate({"kind": "text", "paths": paths, "document": "line"})
     tokenizer = load_tokenizer(str(directory / "tokenizer"))
     answer.send("begins")
-    halves = module.tokenised(source, tokenizer, 0.1, cache)
+    halves = module.tokenised(source, Texts(tokenizer), 0.1, cache)
     answer.send((len(calls), halves.train.num_documents, halves.validation.num_documents))
 
 

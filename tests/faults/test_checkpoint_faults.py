@@ -294,7 +294,7 @@ HUGE = {"policy/huge": Shard(torch.zeros(10_000_000), 0, (10_000_000,))}
 
 def _assert_told(text: str, step: int, reason: str) -> None:
     assert f"step-{step:08d} could not be written" in text and reason in text
-    assert "it needs 40.0 MB" in text and " are free in " in text and "make room" in text
+    assert "its tensors take 40.0 MB" in text and " are free in " in text and "make room" in text
 
 
 def _save_huge(store: CheckpointStore, step: int, *, required: bool) -> None:

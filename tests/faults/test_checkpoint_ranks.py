@@ -77,7 +77,7 @@ def test_two_ranks_save_and_fail_together(tmp_path: Path) -> None:
     assert said[0] == said[1]
     for disk, overlap, gap, kinds, other, missing, broken in zip(*[iter(said[0].split("|"))] * 7, strict=True):
         assert disk.startswith("TrainingError: checkpoint step-00000050 could not be written: rank 1: [Errno 27]")
-        assert "it needs 8.0 kB" in disk  # over both ranks
+        assert "its tensors take 8.0 kB" in disk  # over both ranks
         assert overlap.startswith("RuntimeError: ") and "rank 1 saves element 4, which another one saves" in overlap
         assert gap.startswith("RuntimeError: ") and "policy/w: no rank saves elements 4 to 5" in gap
         assert kinds.startswith("RuntimeError: ") and "rank 1 says that it is F16 of shape [10]" in kinds
@@ -121,7 +121,7 @@ def test_a_disk_full_for_two_ranks(tmp_path: Path) -> None:
         required, synchronous, asynchronous = done[0].stdout.split("|")
         for text in (required, synchronous, asynchronous):
             assert "step-00000004 could not be written" in text and "No space left on device" in text
-            assert "it needs 32.0 MB" in text
+            assert "its tensors take 32.0 MB" in text
         assert "step-00000002 could not be written" in done[0].stderr  # said by one rank
         assert "step-00000002" not in done[1].stderr and "the run goes on without it" in done[0].stderr
         assert sorted(path.name for path in (disk / "checkpoints").iterdir()) == ["step-00000003", "step-00000005"]

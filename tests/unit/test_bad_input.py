@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from llmtrain import cli
-from llmtrain.models.hub import save_pretrained
+from llmtrain.models.saving import save_pretrained
 from llmtrain.observe.metrics import read_metrics
 from tests import tiny
 from tests.runs import start, train_here, write_recipe
@@ -351,7 +351,11 @@ def test_held_out_text_that_changed(train: Callable[..., Done], tmp_path: Path) 
     shutil.rmtree(run / "final")
     before = files(run)
     held_out.write_text(text + "and the dog too\n")
-    assert_refused(train(recipe), "data.validation: the text or the tokenizer changed", "remedy: bring the former")
+    assert_refused(
+        train(recipe),
+        "data.validation: the text, the tokenizer or how rows are made of them changed",
+        "remedy: bring the former",
+    )
     assert files(run) == before
     held_out.write_text(text)
     assert train(recipe).code == 0
@@ -374,7 +378,8 @@ ON_ITS_NODE = """
 import os, sys
 os.chdir(f"node-{os.environ['RANK']}")
 from llmtrain import cli
-sys.exit(cli.main(["train", *sys.argv[1:]]))
+only = [setting.removeprefix("rank-1:") for setting in sys.argv[3:] if os.environ["RANK"] == "1"]
+sys.exit(cli.main(["train", *sys.argv[1:3], *only]))
 """
 
 
@@ -391,12 +396,19 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
         (
             "engine.kind=ddp",
             (
-                "data.train: rank 1 reads other training data than rank 0",
+                "data.train: rank 1 reads other data than rank 0",
                 "remedy: put them on a disk that all nodes share",
             ),
         ),
+        (
+            "engine.kind=ddp rank-1:optimizer.lr=1e-4",
+            (
+                "optimizer.lr: rank 1 was started with 0.0001, and rank 0 with 0.01",
+                "remedy: give all ranks the same recipe and settings",
+            ),
+        ),
     ],
-    ids=["an engine for one process", "files that differ from node to node"],
+    ids=["an engine for one process", "files that differ from node to node", "another recipe on one rank"],
 )
 def test_what_only_several_ranks_can_have_wrong(override: str, texts: tuple[str, ...], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, batch={"sequences": 8, "micro_sequences": 4})
@@ -408,7 +420,7 @@ def test_what_only_several_ranks_can_have_wrong(override: str, texts: tuple[str,
     (tmp_path / "program.py").write_text(ON_ITS_NODE)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, *torchrun, "program.py", str(recipe), override],
+        [sys.executable, *torchrun, "program.py", str(recipe), *override.split()],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
         cwd=tmp_path,
         capture_output=True,

@@ -26,6 +26,9 @@ COMMANDS = [
     ["train"],
     ["quickstart"],
     ["generate"],
+    ["eval"],
+    ["export"],
+    ["fetch"],
     ["tokenizer"],
     ["tokenizer", "train"],
     ["recipes"],
@@ -33,6 +36,8 @@ COMMANDS = [
     ["recipes", "show"],
     ["recipes", "copy"],
     ["recipes", "validate"],
+    ["data"],
+    ["data", "inspect"],
     ["verdict"],
 ]
 
@@ -70,7 +75,7 @@ def test_help(llmtrain: Run, command: list[str]) -> None:
     shown = llmtrain(*command, "--help")
     assert shown.code == 0
     assert f"Usage: llmtrain {' '.join(command)}".strip() in shown.out
-    groups = ([], ["tokenizer"], ["recipes"])
+    groups = ([], ["tokenizer"], ["recipes"], ["data"])
     assert command in groups or "Example: llmtrain" in shown.out
 
 

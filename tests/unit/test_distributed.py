@@ -22,7 +22,7 @@ from llmtrain.distributed import (
     ranks_from_environment,
     sum_scalars,
 )
-from llmtrain.errors import InputError, RankLost
+from llmtrain.errors import InputError, RankLost, TrainingError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
@@ -188,3 +188,24 @@ def test_other_errors_stay_what_they_are() -> None:
 
 def test_alone_any_rank_is_this_one() -> None:
     assert on_any_rank(True) and not on_any_rank(False)
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "message"),
+    [
+        ({"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "29511"}, TrainingError, "no-such-host.invalid:29511"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"}, InputError, "meet at 127.0.0.1:abc"),
+        ({}, InputError, r"meet at \(MASTER_ADDR is not set\):\(MASTER_PORT is not set\)"),
+    ],
+)
+def test_ranks_that_cannot_meet(
+    address: dict[str, str], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (ranks | address).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(error, match=message) as caught, joined("cpu", 2):
+        pass
+    assert "remedy" in str(caught.value)

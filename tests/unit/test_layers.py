@@ -12,17 +12,17 @@ PACKAGE = ROOT / "llmtrain"
 
 # From the lowest up: a module imports from its own layer and from those above it in this table.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "directories"),
     ("recipe", "contracts"),
-    ("distributed",),
+    ("distributed", "progress"),
     ("models", "data"),
     ("algorithms", "sampling", "evaluation"),
     ("engines",),
     ("checkpoint", "observe", "schedule", "signals", "rundir", "verdict", "ending"),
     ("loop",),
     ("run",),
-    ("quickstart", "launch"),
-    ("cli", "cli_checkpoint", "cli_loading"),
+    ("quickstart", "launch", "export", "fetch"),
+    ("cli", "cli_checkpoint", "cli_data", "cli_loading", "cli_use"),
     ("__main__",),
 )
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
@@ -31,7 +31,7 @@ LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 CONFINED = {
     "torch.distributed": ("distributed", "engines", "checkpoint"),
     "deepspeed": ("distributed", "engines", "checkpoint"),
-    "peft": ("models.peft",),
+    "peft": ("models",),
     "vllm": ("rl.vllm",),
 }
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmtrain.checkpoint.state import Progress, restore_state
+from llmtrain.checkpoint.state import restore_state
 from llmtrain.checkpoint.store import CheckpointStore
 from llmtrain.contracts import POLICY, LossOutput, MicroBatch, Sample, Sum
 from llmtrain.engines.replicated import ReplicatedEngine
@@ -22,6 +22,7 @@ from llmtrain.models.blueprint import Blueprint
 from llmtrain.observe.flops import Peak
 from llmtrain.observe.metrics import read_metrics
 from llmtrain.observe.observer import Observer
+from llmtrain.progress import Progress
 from llmtrain.recipe.schema import Recipe
 from llmtrain.schedule import learning_rate
 from llmtrain.signals import StopRequest
@@ -106,7 +107,7 @@ class Run:
     def resumed(self) -> "Run":
         newest = self.store.newest()
         assert newest is not None
-        self.loop.progress = restore_state(self.store, newest, self.engines, self.algorithm, 0, tiny.ALONE)
+        self.loop.progress = restore_state(self.store, newest, self.engines, self.algorithm, self.recipe, tiny.ALONE)
         return self
 
     def stopping_in(self, step: int) -> "Run":

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import torch
 
 import llmtrain
 from llmtrain.distributed import World
-from llmtrain.errors import InputError
+from llmtrain.errors import InputError, TrainingError
 from llmtrain.recipe.loading import load_recipe
 from llmtrain.recipe.schema import Recipe
 from llmtrain.rundir import RunDirectory, claim
@@ -230,3 +231,17 @@ def _export_and_fail(run: RunDirectory) -> None:
     with run.writing_final() as directory:
         (directory / "half").write_text("")
         raise RuntimeError
+
+
+def test_a_model_that_cannot_be_written_leaves_nothing_and_says_so(tmp_path: Path) -> None:
+    run = _begun(tmp_path / "run", _recipe(tmp_path))
+    with pytest.raises(TrainingError, match="could not be written into .*final: .*No space left") as caught:
+        _export_onto_a_full_disk(run)
+    assert "remedy: make room" in str(caught.value)
+    assert not run.is_finished() and not list(run.path.glob(".writing-*"))
+
+
+def _export_onto_a_full_disk(run: RunDirectory) -> None:
+    with run.writing_final() as directory:
+        (directory / "half").write_text("")
+        raise OSError(errno.ENOSPC, "No space left on device")

@@ -4,14 +4,36 @@ Pure pydantic: importing this costs no torch. The reference in docs/recipe.md is
 the descriptions here. A section that comes in kinds is a union discriminated by `kind`.
 """
 
-from llmtrain.recipe.schema.around import EMA, Best, Checkpoint, Evaluation, Logging, Samples, Watchdog
+from llmtrain.recipe.schema.adapter import (
+    IA3,
+    Adapter,
+    LayerAdapter,
+    LoRA,
+    OtherAdapter,
+    PrefixTuning,
+    PromptLearning,
+    PromptTuning,
+    PTuning,
+)
+from llmtrain.recipe.schema.around import (
+    EMA,
+    Best,
+    Checkpoint,
+    EarlyStopping,
+    Evaluation,
+    Logging,
+    Samples,
+    Watchdog,
+)
 from llmtrain.recipe.schema.base import Section
 from llmtrain.recipe.schema.data import (
     Data,
+    Format,
     HuggingFaceSource,
     JSONLSource,
     ParquetSource,
     PythonSource,
+    RecordSource,
     Source,
     TextSource,
 )
@@ -38,21 +60,28 @@ from llmtrain.recipe.schema.model import (
 )
 from llmtrain.recipe.schema.recipe import Recipe
 from llmtrain.recipe.schema.training import (
+    SFT,
     WSD,
     AdamW,
+    Algorithm,
     Batch,
     CausalLM,
     Constant,
     Cosine,
     Linear,
+    ParameterGroup,
     Schedule,
     exceeding,
 )
 
 __all__ = [
     "EMA",
+    "IA3",
+    "SFT",
     "WSD",
     "AdamW",
+    "Adapter",
+    "Algorithm",
     "AutoEngine",
     "Batch",
     "Best",
@@ -63,24 +92,35 @@ __all__ = [
     "DDPEngine",
     "Data",
     "DeepSpeedEngine",
+    "EarlyStopping",
     "Engine",
     "EngineOptions",
     "Evaluation",
     "FSDPEngine",
+    "Format",
     "GroupOptions",
     "HuggingFaceSource",
     "JSONLSource",
+    "LayerAdapter",
     "Linear",
+    "LoRA",
     "Logging",
     "Model",
     "ModelFromConfig",
     "ModelFromGGUF",
     "ModelFromPretrained",
     "ModelTokenizer",
+    "OtherAdapter",
+    "PTuning",
+    "ParameterGroup",
     "ParquetSource",
+    "PrefixTuning",
     "PretrainedTokenizer",
+    "PromptLearning",
+    "PromptTuning",
     "PythonSource",
     "Recipe",
+    "RecordSource",
     "Samples",
     "Schedule",
     "Section",

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmtrain.recipe.schema.base import PositiveInt, Section
 
@@ -18,6 +18,15 @@ class Evaluation(Section):
 
     every: PositiveInt = Field(100, description="Steps between evaluations.")
     max_sequences: PositiveInt = Field(256, description="At most so many held-out rows, always the same ones.")
+
+
+class EarlyStopping(Section):
+    """End the run when a held-out figure no longer improves; it is then done, and exits with 0."""
+
+    metric: str = Field("loss", description="A held-out figure, such as loss or perplexity.")
+    mode: Literal["min", "max"] = Field("min", description="Whether less or more of it is better.")
+    patience: PositiveInt = Field(3, description="Evaluations without an improvement after which it ends.")
+    min_delta: Annotated[float, Field(ge=0)] = Field(0.0, description="Less than this is no improvement.")
 
 
 class Samples(Section):
@@ -43,6 +52,9 @@ class Checkpoint(Section):
     keep: PositiveInt = Field(2, description="How many of the newest to keep.")
     keep_every: PositiveInt | None = Field(None, description="Keep those of steps that this divides, too.")
     keep_best: Best | None = Field(None, description="Keep the best by a held-out figure, too.")
+    export: Literal["last", "best"] = Field(
+        "last", description="Which weights final/ holds: those after the last step, or the best checkpoint's."
+    )
     asynchronous: bool = Field(
         True, description="Training goes on while files are written; it waits only for a copy into host memory."
     )
@@ -50,12 +62,19 @@ class Checkpoint(Section):
         "fail", description="continue: a checkpoint that does not fit is left out with a warning, and the run goes on."
     )
 
+    @model_validator(mode="after")
+    def _best_is_known(self) -> "Checkpoint":
+        if self.export == "best" and self.keep_best is None:
+            raise ValueError("checkpoint.export best needs keep_best: {metric: loss}, to say which is the best")
+        return self
+
 
 class Watchdog(Section):
     """Deadlines in seconds: a rank that is longer in a phase ends the run, with every rank's stack in its log."""
 
     data: PositiveInt = Field(1800, description="Fetching a batch.")
     compute: PositiveInt = Field(1800, description="Forward and backward of a micro-batch.")
+    collective: PositiveInt = Field(1800, description="Agreeing with the other ranks on a step before its forward.")
     update: PositiveInt = Field(1800, description="Reducing gradients and stepping the optimizer.")
     evaluation: PositiveInt = Field(3600, description="One evaluation, samples included.")
     save: PositiveInt = Field(3600, description="Saving or waiting for a checkpoint; exporting the model.")

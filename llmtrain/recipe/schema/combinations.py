@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmtrain.recipe.schema.adapter import PrefixTuning
+from llmtrain.recipe.schema.data import RecordSource
 from llmtrain.recipe.schema.engine import DeepSpeedEngine, FSDPEngine
+from llmtrain.recipe.schema.model import ModelFromPretrained
 
 if TYPE_CHECKING:
     from llmtrain.recipe.schema.recipe import Recipe
@@ -12,9 +15,47 @@ if TYPE_CHECKING:
 
 def contradiction(recipe: Recipe) -> str | None:
     """What cannot be, whatever the number of ranks; None where all fits."""
-    return _of_precision(recipe) or (
-        _of_deepspeed(recipe, recipe.engine) if isinstance(recipe.engine, DeepSpeedEngine) else None
+    return (
+        _of_precision(recipe)
+        or (_of_deepspeed(recipe, recipe.engine) if isinstance(recipe.engine, DeepSpeedEngine) else None)
+        or _of_data(recipe)
+        or _of_adapter(recipe)
     )
+
+
+def _of_data(recipe: Recipe) -> str | None:
+    if recipe.algorithm.kind == "sft":
+        return None
+    data, kind = recipe.data, recipe.algorithm.kind
+    for key in ("chat_template", "train_on", "max_empty_share"):
+        if dict(data)[key] != type(data).model_fields[key].default:
+            return f"data.{key} is for algorithm sft, not {kind}; take it away, or use algorithm.kind: sft"
+    if data.overflow == "truncate" and recipe.packing != "best_fit":
+        return f"data.overflow truncate is for packing best_fit and for algorithm sft; {kind} splits long documents"
+    for source in [*data.train, *(data.validation or [])]:
+        if isinstance(source, RecordSource) and (source.columns or source.format not in ("auto", "text")):
+            return f"format and columns of a data source are for algorithm sft; {kind} reads `field`"
+    return None
+
+
+def _of_adapter(recipe: Recipe) -> str | None:
+    model, adapter = recipe.model, recipe.adapter
+    if isinstance(adapter, PrefixTuning) and recipe.packing != "none":
+        return (
+            "adapter prefix_tuning puts keys before the row that every document in it would see; set data.packing: none"
+        )
+    if not isinstance(model, ModelFromPretrained) or model.quantization == "none":
+        return None
+    if adapter is None:
+        return "model.quantization freezes the weights; give an adapter to train, such as adapter: {kind: lora}"
+    if isinstance(recipe.engine, FSDPEngine) or (
+        isinstance(recipe.engine, DeepSpeedEngine) and recipe.engine.zero_stage == 3
+    ):
+        return (
+            "model.quantization keeps weights in a form that cannot be sharded here; use engine.kind ddp, or deepspeed "
+            "with zero_stage 1 or 2, and engine.activation_checkpointing for memory"
+        )
+    return None
 
 
 def _of_precision(recipe: Recipe) -> str | None:

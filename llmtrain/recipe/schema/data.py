@@ -17,6 +17,31 @@ class WeightedSource(Section):
     )
 
 
+Format = Literal[
+    "text",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "preference",
+    "prompt_only",
+    "stepwise",
+]
+
+
+class RecordSource(WeightedSource):
+    """A source of records with fields. Pretraining reads one field of them, fine-tuning the whole record."""
+
+    field: str = Field("text", description="The field that holds the text (algorithm causal_lm).")
+    format: Literal["auto"] | Format = Field(
+        "auto", description="What the records are (fine-tuning); auto finds it from the fields of the first one."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Where the format's fields are called otherwise (fine-tuning), e.g. {prompt: question}.",
+    )
+
+
 class TextSource(WeightedSource):
     """UTF-8 text files."""
 
@@ -27,20 +52,18 @@ class TextSource(WeightedSource):
     )
 
 
-class JSONLSource(WeightedSource):
+class JSONLSource(RecordSource):
     """JSON objects, one a line."""
 
     kind: Literal["jsonl"]
     paths: list[str] = Field(min_length=1, description="Files and globs.")
-    field: str = Field("text", description="The field that holds the text.")
 
 
-class ParquetSource(WeightedSource):
+class ParquetSource(RecordSource):
     """Parquet files."""
 
     kind: Literal["parquet"]
     paths: list[str] = Field(min_length=1, description="Files and globs.")
-    field: str = Field("text", description="The column that holds the text.")
 
 
 class PythonSource(WeightedSource):
@@ -53,14 +76,13 @@ class PythonSource(WeightedSource):
     )
 
 
-class HuggingFaceSource(WeightedSource):
+class HuggingFaceSource(RecordSource):
     """A dataset saved by `datasets` in a directory, or one from the hub."""
 
     kind: Literal["huggingface"]
     path: str = Field(description="Directory (save_to_disk or data files) or hub name.")
     config: str | None = Field(None, description="Configuration (subset) name.")
     split: str = Field("train", description="Which split to read.")
-    field: str = Field("text", description="The column that holds the text.")
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
 
 
@@ -79,10 +101,43 @@ class Data(Section):
     validation_fraction: Share = Field(
         0.01, description="Share of the training documents held out, chosen by a hash of their text so it never moves."
     )
-    packing: Literal["documents", "none"] = Field(
-        "documents",
-        description="documents: rows are filled with several documents, and attention stays inside each. "
-        "none: one piece of one document a row, padded (for models with recurrent state).",
+    packing: Literal["auto", "documents", "best_fit", "none"] = Field(
+        "auto",
+        description="documents: the stream of documents is cut into full rows, so that one may go on in the next row. "
+        "best_fit: documents stay whole, several to a row, each put where it fits best. In both, attention stays "
+        "inside a document. none: one document a row, padded to the longest of its micro-batch (for models with "
+        "recurrent state). auto: best_fit for sft, documents otherwise.",
+    )
+    overflow: Literal["auto", "truncate", "split"] = Field(
+        "auto",
+        description="Documents longer than a row: truncate drops what is beyond, and counts it; split goes on in "
+        "another row, which does not see the first. auto: truncate for sft, split otherwise.",
+    )
+    group_by_length: bool = Field(
+        False, description="With packing none: rows of about the same length share a batch, to save padding."
+    )
+    deduplicate: bool = Field(
+        False,
+        description="Leave out documents that were there before in the same source, by a hash of their content; "
+        "while they are tokenised it keeps 16 bytes of memory for each.",
+    )
+    temperature: PositiveFloat | None = Field(
+        None,
+        description="Instead of weights: sources are drawn in proportion to (their rows) ** (1 / temperature); 1 is "
+        "their own share, more evens out (arXiv 1910.10683).",
+    )
+    chat_template: str | None = Field(
+        None,
+        description="For sft: a training template by name, or a Jinja file; default: the tokenizer's own, or its "
+        "training twin where it marks no assistant turns.",
+    )
+    train_on: Literal["assistant", "last_assistant", "all"] = Field(
+        "assistant",
+        description="For sft, the tokens that count: of all assistant turns, of the last one, or of all turns. The "
+        "token that ends a turn counts with it.",
+    )
+    max_empty_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.05, description="For sft: the share of rows without a trained token above which the run does not begin."
     )
     cache_dir: str | None = Field(
         None, description="Where tokenised data is kept; default $LLMTRAIN_CACHE or ~/.cache/llmtrain."
@@ -98,6 +153,10 @@ class Data(Section):
                 f"train has a source of weight {min(weights):g} beside one of {max(weights):g}: no run would draw from "
                 f"it; leave it out, or give it {LEAST_RATIO_OF_WEIGHTS:g} of the other or more"
             )
+        if weights and self.temperature is not None:
+            raise ValueError("temperature computes the weights of the training sources; take theirs away, or it")
+        if self.group_by_length and self.packing != "none":
+            raise ValueError("group_by_length is for rows that are padded; set packing: none, or take it away")
         if any(source.weight is not None for source in self.validation or []):
             raise ValueError("validation sources take no weight: every held-out row is evaluated alike")
         return self

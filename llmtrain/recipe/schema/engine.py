@@ -1,11 +1,19 @@
 """The backends, and what each of them can be told."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from llmtrain.recipe.schema.base import PositiveFloat, PositiveInt, Section
 
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):  # to Python true is 1, and would pass for stage 1
+        raise ValueError(f"expected a number, given {str(value).lower()}")
+    return value
+
+
+Stage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_boolean)]
 Offload = Literal["none", "cpu", "nvme"]
 
 
@@ -87,7 +95,7 @@ class DeepSpeedEngine(GroupOptions):
     """DeepSpeed ZeRO (arXiv 1910.02054)."""
 
     kind: Literal["deepspeed"]
-    zero_stage: Literal[0, 1, 2, 3] = Field(
+    zero_stage: Stage = Field(
         description="What is sharded over the ranks: 0 nothing, 1 the optimizer, 2 and gradients, 3 and weights."
     )
     offload_optimizer: Offload = Field("none", description="Where optimizer state lives; nvme takes stage 3.")

@@ -37,6 +37,10 @@ class ModelFromPretrained(Section):
         None,
         description="Replaces the model's RoPE scaling, e.g. {rope_type: yarn, rope_theta: 10000.0, factor: 4.0}.",
     )
+    quantization: Literal["none", "nf4", "fp4"] = Field(
+        "none",
+        description="Keep the frozen weights in 4 bits, by bitsandbytes (QLoRA, arXiv 2305.14314); needs an adapter.",
+    )
     attention: AttentionKernel = Field("auto", description=ATTENTION)
 
 
@@ -67,7 +71,14 @@ class SentencePieceTokenizer(Section):
     )
 
 
-class PretrainedTokenizer(Section):
+class ReadyTokenizer(Section):
+    add_tokens: list[str] = Field(
+        default_factory=list,
+        description="New tokens, such as <|user|>; the model's embeddings grow by them, from the mean of the others.",
+    )
+
+
+class PretrainedTokenizer(ReadyTokenizer):
     """A tokenizer from a local directory or from the Hugging Face hub."""
 
     kind: Literal["pretrained"]
@@ -75,7 +86,7 @@ class PretrainedTokenizer(Section):
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
 
 
-class ModelTokenizer(Section):
+class ModelTokenizer(ReadyTokenizer):
     """The tokenizer that lies beside the pretrained model's weights."""
 
     kind: Literal["model"] = "model"

@@ -5,13 +5,26 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llmtrain.recipe.schema.around import EMA, Checkpoint, Evaluation, Logging, Samples, Watchdog
+from llmtrain.recipe.schema.adapter import Adapter
+from llmtrain.recipe.schema.around import EMA, Checkpoint, EarlyStopping, Evaluation, Logging, Samples, Watchdog
 from llmtrain.recipe.schema.base import PositiveInt, Section
 from llmtrain.recipe.schema.combinations import contradiction
 from llmtrain.recipe.schema.data import Data
 from llmtrain.recipe.schema.engine import AutoEngine, Engine
 from llmtrain.recipe.schema.model import Model, ModelTokenizer, Tokenizer
 from llmtrain.recipe.schema.training import AdamW, Algorithm, Batch, Schedule, exceeding
+
+# Of fine-tuning, by what is trained: that of TRL's SFT for the whole model, ten times that for adapters in the
+# layers ("LoRA Without Regret", 2025), and what the papers of the others use.
+DEFAULT_LR = {
+    "full": 2e-5,
+    "lora": 2e-4,
+    "peft": 2e-4,
+    "ia3": 3e-3,
+    "prompt_tuning": 3e-2,
+    "prefix_tuning": 1e-2,
+    "p_tuning": 1e-3,
+}
 
 
 class Recipe(Section):
@@ -37,6 +50,7 @@ class Recipe(Section):
     )
     batch: Batch
     model: Model
+    adapter: Adapter | None = Field(None, description="Train a small set of parameters; default: the whole model.")
     tokenizer: Tokenizer = Field(ModelTokenizer())
     data: Data
     algorithm: Algorithm
@@ -45,6 +59,7 @@ class Recipe(Section):
     engine: Engine = Field(AutoEngine())
     ema: EMA | None = None
     evaluation: Evaluation = Field(Evaluation())
+    early_stopping: EarlyStopping | None = None
     samples: Samples | None = None
     checkpoint: Checkpoint = Field(Checkpoint())
     watchdog: Watchdog = Field(Watchdog())
@@ -54,7 +69,7 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs (null takes the other away)")
-        if self.epochs is not None and self.data.train[0].weight is not None:
+        if self.epochs is not None and (self.data.train[0].weight is not None or self.data.temperature is not None):
             raise ValueError("epochs has no meaning for a weighted mixture; give steps")
         if self.batch.tokens is not None and self.batch.tokens % self.sequence_length:
             raise ValueError(
@@ -62,10 +77,44 @@ class Recipe(Section):
             )
         if self.tokenizer.kind == "model" and self.model.kind == "config":
             raise ValueError("a model from a config brings no tokenizer; give tokenizer")
+        if self.checkpoint.keep_best is not None and self.checkpoint.every % self.evaluation.every:
+            raise ValueError(
+                f"checkpoint.keep_best compares checkpoints by their own evaluations: make checkpoint.every "
+                f"({self.checkpoint.every}) a multiple of evaluation.every ({self.evaluation.every})"
+            )
+        if self.optimizer.lr is None:
+            self._take_default_lr()
         too_long = None if self.steps is None else exceeding(self.schedule, self.steps)
         if (problem := too_long or contradiction(self)) is not None:
             raise ValueError(problem)
         return self
+
+    def _take_default_lr(self) -> None:
+        if self.algorithm.kind != "sft":
+            raise ValueError("optimizer has no lr, and only fine-tuning (algorithm sft) has a default for it")
+        lr = DEFAULT_LR["full" if self.adapter is None else self.adapter.kind]
+        # The section is frozen for its users; it is not in use yet.
+        object.__setattr__(self, "optimizer", self.optimizer.model_copy(update={"lr": lr}))
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up."""
+        assert self.optimizer.lr is not None
+        return self.optimizer.lr
+
+    @property
+    def packing(self) -> Literal["documents", "best_fit", "none"]:
+        """How documents become rows."""
+        if self.data.packing == "auto":
+            return "best_fit" if self.algorithm.kind == "sft" else "documents"
+        return self.data.packing
+
+    @property
+    def overflow(self) -> Literal["truncate", "split"]:
+        """What becomes of a document that is longer than a row."""
+        if self.data.overflow == "auto":
+            return "truncate" if self.algorithm.kind == "sft" else "split"
+        return self.data.overflow
 
     @property
     def global_sequences(self) -> int:

@@ -29,14 +29,47 @@ class CausalLM(Section):
     kind: Literal["causal_lm"]
 
 
-Algorithm = CausalLM  # becomes a union discriminated by `kind` with the second algorithm
+class SFT(Section):
+    """Supervised fine-tuning: of a conversation the assistant's tokens are predicted, of a text all."""
+
+    kind: Literal["sft"]
+    loss: Literal["nll", "dft"] = Field(
+        "nll",
+        description="nll: cross-entropy. dft: each token's loss times its own probability, without its gradient "
+        "(arXiv 2508.05629).",
+    )
+    neftune_alpha: PositiveFloat | None = Field(
+        None, description="Noise on the embeddings while training, of this size (NEFTune, arXiv 2310.05914); try 5."
+    )
+
+
+Algorithm = Annotated[CausalLM | SFT, Field(discriminator="kind")]
+
+
+class ParameterGroup(Section):
+    """Parameters with a learning rate of their own."""
+
+    names: str = Field(description="Glob over parameter names, such as *lora_B* or *.embed_tokens.*.")
+    lr_ratio: Annotated[float, Field(ge=0)] = Field(description="Their learning rate over that of the others.")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Weight decay of all of them, vectors too; default: as without the group."
+    )
 
 
 class AdamW(Section):
     """AdamW (arXiv 1711.05101); biases, norms and other vectors are not decayed."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: PositiveFloat = Field(description="Peak learning rate.")
+    lr: PositiveFloat | None = Field(
+        None,
+        description="Peak learning rate. Fine-tuning (algorithm sft) has a default for each method: "
+        "see docs/fine-tuning.md.",
+    )
+    groups: list[ParameterGroup] = Field(
+        default_factory=list,
+        description="Parameters with a learning rate of their own; the first match counts. LoRA+ (arXiv 2402.12354) is "
+        "[{names: '*lora_B*', lr_ratio: 16}].",
+    )
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
         [0.9, 0.95], description="Decay rates of the two moments."
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llmtrain.algorithms.causal_lm import CausalLM
+from llmtrain.algorithms.texts import HeldOut, TextSamples
 from llmtrain.contracts import POLICY, MicroBatch, Sample
 from llmtrain.data.loader import Loader
 from llmtrain.errors import InputError
@@ -29,14 +30,19 @@ class Steps:
 
 def algorithm(held_out: list[MicroBatch] | None = None, samples: Samples | None = None, **changes: Any) -> CausalLM:
     settings = {"max_length": 32, "seed": 0, "data_fingerprint": DATA} | changes
-    return CausalLM(cast(Loader, Steps()), held_out or [], tiny.tokenizer(), samples, **settings)
+    tokenizer = tiny.tokenizer()
+    texts = TextSamples(samples, tokenizer, settings["max_length"], settings["seed"])
+    return CausalLM(
+        cast(Loader, Steps()), HeldOut(held_out or [], tokenizer), texts, cast(Any, settings["data_fingerprint"])
+    )
 
 
 def row(*ids: int) -> MicroBatch:
     """One document in a row; its last token predicts nothing."""
     input_ids = torch.tensor([ids])
     targets = torch.tensor([[*ids[1:], IGNORE_INDEX]])
-    tensors = {"input_ids": input_ids, "targets": targets, "position_ids": torch.arange(len(ids))[None]}
+    positions, counted = torch.arange(len(ids))[None], torch.arange(len(ids) - 1)
+    tensors = {"input_ids": input_ids, "targets": targets, "position_ids": positions, "counted": counted}
     return MicroBatch(tensors, {POLICY: float(len(ids) - 1)}, len(ids))
 
 
@@ -114,6 +120,8 @@ def test_the_state_is_that_of_the_data() -> None:
     state = algorithm().state_dict()
     algorithm().load_state_dict(state)
     for key in DATA:
-        with pytest.raises(InputError, match=f"{key}: the text or the tokenizer changed") as caught:
+        with pytest.raises(
+            InputError, match=f"{key}: the text, the tokenizer or how rows are made of them changed"
+        ) as caught:
             algorithm(data_fingerprint=DATA | {key: "other"}).load_state_dict(state)
         assert caught.value.remedy

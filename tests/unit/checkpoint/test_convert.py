@@ -66,7 +66,7 @@ def test_a_run_goes_on_from_what_came_back(recipe: Path, run: Path, converted: P
     again = Path(shutil.copytree(run, tmp_path / "runs" / "tiny"))
     for name in ("checkpoints", "final"):
         shutil.rmtree(again / name)
-    convert.to_llmtrain(converted / "global_step3", again / "checkpoints")
+    convert.to_llmtrain(converted / "global_step3", again)  # it goes into checkpoints/
     assert train_here(recipe, f"output_dir={tmp_path / 'runs'}") == again
     starts = (again / "starts.jsonl").read_text().splitlines()
     assert json.loads(starts[-1])["resume_step"] == 3

@@ -6,12 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 
 from llmtrain.checkpoint.generators import seed_generators
-from llmtrain.checkpoint.state import Progress, restore_state, save_state
+from llmtrain.checkpoint.state import restore_state, save_state
 from llmtrain.contracts import Algorithm, Engine, Shard
 from llmtrain.distributed import World
+from llmtrain.errors import InputError
+from llmtrain.progress import Progress
+from llmtrain.recipe.schema import Recipe
+from tests import tiny
 from tests.unit.checkpoint.states import ALONE, store_in, whole
 
 
@@ -39,20 +44,23 @@ class Held:
         self.counted = state["counted"]
 
 
+RECIPE = tiny.recipe(seed=17)
+
+
 def _saved(directory: Path) -> tuple[Path, Held, Held]:
     policy, critic = Held({"model.w": torch.arange(6.0)}, counted=5), Held({"model.w": torch.full((3,), 7.0)})
     engines = cast(Mapping[str, Engine], {"policy": policy, "critic": critic})
     with store_in(directory) as store:
         progress = Progress(step=4, tokens=400, skipped=2, skipped_in_a_row=1)
-        save_state(store, progress, engines, cast(Algorithm, policy), {"loss": float("nan"), "accuracy": 0.5})
+        save_state(store, progress, engines, cast(Algorithm, policy), {"loss": float("nan"), "accuracy": 0.5}, RECIPE)
     return directory / "step-00000004", policy, critic
 
 
-def _restored(path: Path, world: World) -> tuple[Progress, Held, Held]:
+def _restored(path: Path, world: World, recipe: Recipe = RECIPE) -> tuple[Progress, Held, Held]:
     policy, critic = Held({"model.w": torch.zeros(6)}), Held({"model.w": torch.zeros(3)})
     engines = cast(Mapping[str, Engine], {"policy": policy, "critic": critic})
     store = store_in(path.parent, world)
-    return restore_state(store, path, engines, cast(Algorithm, policy), 17, world), policy, critic
+    return restore_state(store, path, engines, cast(Algorithm, policy), recipe, world), policy, critic
 
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -77,3 +85,10 @@ def test_on_another_number_of_ranks_generators_are_new_and_the_same_at_every_try
         _restored(path, World(rank, 2, rank, 2, ALONE.device))
         draws.append(torch.randn(3).tolist())
     assert draws[0] == draws[1] and draws[0] != draws[2] and drawn not in draws
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    path, _, _ = _saved(tmp_path)
+    with pytest.raises(InputError, match="the checkpoint is of another run: name was 'tiny', is 'other'; seed was 17"):
+        _restored(path, tiny.ALONE, tiny.recipe(name="other", seed=18))
+    _restored(path, tiny.ALONE, tiny.recipe(seed=17, output_dir="elsewhere", engine={"kind": "ddp"}))

@@ -29,11 +29,14 @@ AWKWARD_TEXTS = [
 ]
 
 
-def corpus_of(lengths: list[int], first_token: int = 10) -> TokenCorpus:
+def corpus_of(lengths: list[int], first_token: int = 10, trained: list[bool] | None = None) -> TokenCorpus:
     """Documents of these lengths, in which every token has its own id."""
     ends = np.cumsum(lengths, dtype=np.int64)
     num = int(ends[-1]) if lengths else 0
-    return TokenCorpus(np.arange(first_token, first_token + num, dtype=np.uint32), ends, num_bytes=0)
+    tokens = np.arange(first_token, first_token + num, dtype=np.uint32)
+    if trained is None:
+        return TokenCorpus(tokens, ends, num_bytes=0)
+    return TokenCorpus(tokens, ends, 0, np.array(trained, np.uint8), np.arange(len(lengths), dtype=np.int64))
 
 
 def byte_level_tokenizer(texts: list[str], vocab_size: int = 400) -> PreTrainedTokenizerFast:

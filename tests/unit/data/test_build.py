@@ -1,17 +1,27 @@
 """From a recipe to its tokenizer and rows, on small real files."""
 
+import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
 
 from llmtrain.data import build as module
 from llmtrain.data.build import cache_directory, prepare_data, prepare_tokenizer
-from llmtrain.data.cache import is_held_out
+from llmtrain.data.cache import is_held_out, tokenised
+from llmtrain.data.documents import Examples
+from llmtrain.data.formats import read_examples
+from llmtrain.data.grouping import LengthGroupedOrder
 from llmtrain.data.order import MixtureOrder, ShuffledOrder
-from llmtrain.data.packing import PackedRows, Rows, SeparateRows
+from llmtrain.data.packing import IGNORE_INDEX, PackedRows, PlannedRows, Rows
+from llmtrain.data.prepared import SourceRows, check_trained, plan_settings
+from llmtrain.data.row_plan import plan_rows
+from llmtrain.data.tokenizer import encode_documents, load_tokenizer
 from llmtrain.data.tokenizer_training import train_sentencepiece
 from llmtrain.errors import InputError
 from llmtrain.recipe.schema import Recipe, SentencePieceTokenizer
@@ -100,7 +110,7 @@ def test_sources_of_their_own_for_validation_and_weights(file: Path, cache: Path
     assert datasets.weights == [3.0, 1.0]
     order = datasets.order(0)
     assert isinstance(order, MixtureOrder) and order.counts == [750, 250]
-    assert all(isinstance(rows, SeparateRows) for rows in [*datasets.train, *datasets.validation])
+    assert all(isinstance(rows, PlannedRows) for rows in [*datasets.train, *datasets.validation])
 
 
 def test_the_fingerprint_tells_which_data_changed(cache: Path, tmp_path: Path) -> None:
@@ -122,6 +132,128 @@ def test_the_fingerprint_tells_which_data_changed(cache: Path, tmp_path: Path) -
     assert prints()["data.train"] != second["data.train"]
     split = recipe(data={"train": [lines(train)], "validation_fraction": 0.2})
     assert prepare_data(split, tokenizer, cache).fingerprint.keys() == {"data.train"}
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """Conversations: the first has an answer that lies behind a long question, the second comes twice."""
+    path = tmp_path / "chats.jsonl"
+    conversations = [("word " * 50, "yes"), ("what?", "this"), ("what?", "this")]
+    conversations += [(f"what is {i}?", "well " * (i % 30) + str(i)) for i in range(60)]
+    with path.open("w") as file:
+        for question, answer in conversations:
+            turns = [("user", question), ("assistant", answer)]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def chat_recipe(chats: Path, **data: Any) -> Recipe:
+    """Rows of 48 tokens; a conversation of the byte-level tokenizer has some 25 to 100."""
+    section = {
+        "train": [{"kind": "jsonl", "paths": [str(chats)]}],
+        "chat_template": "plain",
+        "validation_fraction": 0.0,
+    }
+    return recipe(sequence_length=48, algorithm={"kind": "sft"}, data={**section, **data})
+
+
+@pytest.mark.parametrize("how", [{}, {"packing": "none"}, {"packing": "none", "group_by_length": True}])
+@pytest.mark.parametrize("overflow", ["truncate", "split"])
+def test_chats_become_rows(
+    chats: Path, cache: Path, caplog: pytest.LogCaptureFixture, how: dict[str, Any], overflow: str
+) -> None:
+    tokenizer = byte_level_tokenizer(TEXTS)
+    asked = chat_recipe(chats, deduplicate=True, overflow=overflow, **how)
+    (documents,) = [Examples(tokenizer, asked.data).encode(list(read_examples(asked.data.train[0])))]
+    del documents[2]  # the duplicate
+    most = 49 if overflow == "truncate" else 10**6  # a row's last target stands behind it
+    expected = sorted(
+        index
+        for document in documents
+        for index, counts in list(zip(document.ids, document.trained, strict=True))[1:most]
+        if counts
+    )
+    datasets = prepare_data(asked, tokenizer, cache)
+    (rows,) = datasets.train
+    targets = np.concatenate([rows[i].targets for i in range(len(rows))])
+    assert sorted(targets[targets != IGNORE_INDEX].tolist()) == expected
+    assert all((rows[i].targets != IGNORE_INDEX).any() for i in range(len(rows)))
+    assert isinstance(datasets.order(0), LengthGroupedOrder if "group_by_length" in how else ShuffledOrder)
+    long = sum(len(document.ids) > 49 for document in documents)
+    assert 0 < long < 62
+    text = caplog.text
+    if overflow == "truncate":
+        lost = sum(max(0, len(document.ids) - 49) for document in documents)
+        assert f"{long} of 62 documents are longer than a row of 48 tokens and were truncated: {lost:,} tokens" in text
+        assert "1 of 62 documents have no trained token in the rows and were left out" in text
+    else:
+        assert f"{long} of 62 documents are longer than a row of 48 tokens and were split" in text
+        assert "have no trained token in the rows" not in text
+
+
+def test_too_many_examples_without_a_trained_token(chats: Path, cache: Path) -> None:
+    tokenizer = byte_level_tokenizer(TEXTS)
+    with pytest.raises(InputError) as caught:
+        prepare_data(chat_recipe(chats, max_empty_share=0.01), tokenizer, cache)
+    assert caught.value.where == "data.train.0"
+    assert "1 of 63 documents of jsonl" in caught.value.message and "(1.6%)" in caught.value.message
+    assert "of 1 all lie beyond sequence_length 48" in caught.value.message
+    assert f"the first is {chats}:1" in caught.value.message
+    assert caught.value.remedy is not None and "raise sequence_length" in caught.value.remedy
+    prepare_data(chat_recipe(chats, max_empty_share=0.02), tokenizer, cache)
+
+
+def test_examples_that_are_trained_on_nothing_by_themselves(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    rows = [{"prompt": f"{i} and", "completion": "so on"} for i in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = byte_level_tokenizer(TEXTS)
+    asked = chat_recipe(path)
+    halves = tokenised(asked.data.train[0], Examples(tokenizer, asked.data), 0.0, cache)
+    corpus = replace(halves.train, trained=np.zeros(halves.train.num_tokens, np.uint8))
+    plan, counts = plan_rows(corpus, "untrained", plan_settings(asked), cache)
+    made = PlannedRows(corpus, plan, 48, 0, ragged=False)
+    half = SourceRows("data.train.0", asked.data.train[0], corpus, made, plan, counts, 0)
+    with pytest.raises(InputError, match=r"9 of 9 documents .* \(9 have none at all\)") as caught:
+        check_trained(half, chat_recipe(path, max_empty_share=1.0))  # no row at all
+    assert caught.value.remedy is not None and "data.chat_template" in caught.value.remedy
+
+
+def test_formats_mix(chats: Path, cache: Path, file: Path, tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(TEXTS)
+    alpaca = tmp_path / "alpaca.jsonl"
+    alpaca.write_text("".join(json.dumps({"instruction": f"say {i}", "output": str(i)}) + "\n" for i in range(20)))
+    train = [{"kind": "jsonl", "paths": [str(chats)]}, {"kind": "jsonl", "paths": [str(alpaca)]}, lines(file)]
+    datasets = prepare_data(chat_recipe(chats, train=train, temperature=2.0), tokenizer, cache)
+    num_rows = [len(rows) for rows in datasets.train]
+    assert datasets.weights == pytest.approx([(num / max(num_rows)) ** 0.5 for num in num_rows])
+    assert isinstance(datasets.order(0), MixtureOrder)
+    targets = [np.concatenate([rows[i].targets for i in range(len(rows))]) for rows in datasets.train]
+    shares = [(target != IGNORE_INDEX).mean() for target in targets]
+    assert shares[2] > max(shares[:2])  # of a text all is trained
+    with pytest.raises(InputError, match="a share that no run would draw from") as caught:
+        prepare_data(chat_recipe(chats, train=train, temperature=0.01), tokenizer, cache)
+    assert caught.value.where == "data.temperature" and caught.value.remedy
+
+
+def test_the_fingerprint_tells_how_rows_are_made(chats: Path, cache: Path) -> None:
+    tokenizer = byte_level_tokenizer(TEXTS)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    ways: list[dict[str, Any]] = [
+        {},
+        {"overflow": "split"},
+        {"packing": "none"},
+        {"packing": "none", "group_by_length": True},
+        {"packing": "documents"},
+        {"train_on": "all"},
+        {"chat_template": "chatml"},
+        {"deduplicate": True},
+        {"temperature": 2.0},
+    ]
+    prints = [prepare_data(chat_recipe(chats, **way), tokenizer, cache).fingerprint["data.train"] for way in ways]
+    assert len(set(prints)) == len(ways)
+    assert prepare_data(chat_recipe(chats), tokenizer, cache).fingerprint["data.train"] == prints[0]
 
 
 def test_nothing_held_out_where_none_was_asked(file: Path, cache: Path) -> None:
@@ -157,6 +289,27 @@ def test_pretrained_tokenizers(file: Path, cache: Path, tmp_path: Path) -> None:
     assert "missing.gguf" in str(caught.value)
 
 
+def test_tokens_that_are_added(file: Path, cache: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "tokenizer")
+    before = byte_level_tokenizer(TEXTS)
+    before.save_pretrained(path)
+
+    def prepared(*tokens: str) -> PreTrainedTokenizerBase:
+        spec = {"kind": "pretrained", "path": path, "add_tokens": list(tokens)}
+        return prepare_tokenizer(recipe(data={"train": [lines(file)]}, tokenizer=spec), cache)
+
+    tokenizer = prepared("<|user|>", "<|assistant|>")
+    assert tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"]) == [len(before), len(before) + 1]
+    assert tokenizer.encode("a<|user|>b", add_special_tokens=False)[1] == len(before)
+    assert max(encode_documents(tokenizer, ["a<|user|>b"])[0]) < len(before)  # text stays text
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(str(tmp_path / "again")).get_vocab() == tokenizer.get_vocab()
+    for token, message in (("<|endoftext|>", "is there already"), (" <|user|>", "begins or ends"), ("", "is empty")):
+        with pytest.raises(InputError, match=message) as caught:
+            prepared(token)
+        assert caught.value.where == "tokenizer.add_tokens" and caught.value.remedy
+
+
 def test_the_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMTRAIN_CACHE", str(tmp_path / "environment"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -176,3 +329,9 @@ def test_a_cache_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: p
     with pytest.raises(InputError) as caught:
         cache_directory(None)
     assert caught.value.where == "$LLMTRAIN_CACHE"
+
+
+def test_epochs_have_no_meaning_for_sources_with_weights(file: Path) -> None:
+    for data in ({"train": [lines(file)], "temperature": 2.0}, {"train": [lines(file, weight=1.0)]}):
+        with pytest.raises(ValidationError, match="epochs has no meaning for a weighted mixture"):
+            recipe(data=data, steps=None, epochs=1.0)

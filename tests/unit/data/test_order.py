@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.data.order import MixtureOrder, Order, ShuffledOrder, cycle_counts, permutation_index
+from llmtrain.data.order import MixtureOrder, Order, ShuffledOrder, cycle_counts, permutation_index, tempered
 
 
 @pytest.mark.parametrize("n", [*range(1, 70), 127, 128, 129, 1000, 1023, 1024, 1025, 4099, 65536, 65537])
@@ -146,3 +146,11 @@ def test_a_small_share_makes_the_cycle_longer() -> None:
 
 def test_only_the_ratios_of_weights_count() -> None:
     assert cycle_counts([1e308, 1e308]) == cycle_counts([5e-324, 5e-324]) == [500, 500]
+
+
+def test_temperature_evens_out_the_shares() -> None:
+    rows = [8000, 1000]
+    assert cycle_counts(tempered(rows, 1.0)) == cycle_counts([8.0, 1.0])  # their own shares
+    assert tempered(rows, 3.0) == pytest.approx([1.0, 0.5])  # the cube root of an eighth
+    assert tempered(rows, 0.5) == pytest.approx([1.0, 1 / 64])
+    assert tempered(rows, 1e9) == pytest.approx([1.0, 1.0])

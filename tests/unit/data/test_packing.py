@@ -1,19 +1,24 @@
-"""Rows against twins that are written with lists, document by document."""
+"""Rows cut from the stream against a twin that is written with lists, document by document."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.data import packing
 from llmtrain.data.cache import TokenCorpus
-from llmtrain.data.packing import IGNORE_INDEX, PADDING, PackedRows, Row, Rows, SeparateRows
+from llmtrain.data.packing import IGNORE_INDEX, PADDING, PackedRows, Row, Rows
 from tests.unit.data.corpora import corpus_of
 
 PAD = 7
 lengths_of_documents = st.lists(st.integers(2, 30), min_size=1, max_size=20)
 Position = tuple[int, int, int, int]  # input, target, position id, document id
-PADDED: Position = (PAD, IGNORE_INDEX, 0, PADDING)
+
+
+@st.composite
+def masked_corpora(draw: st.DrawFn) -> TokenCorpus:
+    lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=12))
+    num = sum(lengths)
+    return corpus_of(lengths, trained=draw(st.lists(st.booleans(), min_size=num, max_size=num)))
 
 
 def positions(row: Row) -> list[Position]:
@@ -22,12 +27,14 @@ def positions(row: Row) -> list[Position]:
 
 
 def pieces_of_stream(corpus: TokenCorpus) -> list[tuple[int, int, int]]:
-    """(token, next token of its document or IGNORE_INDEX, document) of the whole stream."""
+    """(token, next token of its document if it is trained or IGNORE_INDEX, document) of the whole stream."""
     found = []
     start = 0
     for document, end in enumerate(corpus.document_ends.tolist()):
         tokens = corpus.tokens[start:end].tolist()
-        found += [(*pair, document) for pair in zip(tokens, [*tokens[1:], IGNORE_INDEX], strict=True)]
+        trained = [1] * len(tokens) if corpus.trained is None else corpus.trained[start:end].tolist()
+        targets = [token if counts else IGNORE_INDEX for token, counts in zip(tokens, trained, strict=True)]
+        found += [(*pair, document) for pair in zip(tokens, [*targets[1:], IGNORE_INDEX], strict=True)]
         start = end
     return found
 
@@ -35,25 +42,18 @@ def pieces_of_stream(corpus: TokenCorpus) -> list[tuple[int, int, int]]:
 def twin_row(part: list[tuple[int, int, int]], sequence_length: int) -> list[Position]:
     row: list[Position] = []
     documents = [document for _, _, document in part]
+    order = list(dict.fromkeys(documents))
     for i, (token, target, document) in enumerate(part):
-        row.append((token, target, i - documents.index(document), document - documents[0]))
-    return row + [PADDED] * (sequence_length - len(part))
+        row.append((token, target, i - documents.index(document), order.index(document)))
+    return row + [(PAD, IGNORE_INDEX, i, PADDING) for i in range(sequence_length - len(part))]
 
 
 def packed_twin(corpus: TokenCorpus, sequence_length: int) -> list[list[Position]]:
-    stream = pieces_of_stream(corpus)
+    stream = pieces_of_stream(corpus)[: max(1, corpus.num_tokens - 1)]
     parts = [stream[i : i + sequence_length] for i in range(0, len(stream), sequence_length)]
-    return [twin_row(part, sequence_length) for part in parts if any(target >= 0 for _, target, _ in part)]
-
-
-def separate_twin(corpus: TokenCorpus, sequence_length: int) -> list[list[Position]]:
-    stream = pieces_of_stream(corpus)
-    rows = []
-    for document in range(corpus.num_documents):
-        own = [entry for entry in stream if entry[2] == document]
-        parts = [own[i : i + sequence_length] for i in range(0, len(own), sequence_length)]
-        rows += [twin_row(part, sequence_length) for part in parts if any(target >= 0 for _, target, _ in part)]
-    return rows
+    if len(parts[-1]) < sequence_length:  # the very last token is no row of its own, but stands in one
+        parts[-1] = pieces_of_stream(corpus)[-len(parts[-1]) - 1 :]
+    return [twin_row(part, sequence_length) for part in parts]
 
 
 def all_rows(rows: Rows) -> list[list[Position]]:
@@ -66,19 +66,21 @@ def test_packed_rows_are_their_twin(lengths: list[int], sequence_length: int) ->
     assert all_rows(PackedRows(corpus, sequence_length, PAD)) == packed_twin(corpus, sequence_length)
 
 
-@given(lengths_of_documents, st.integers(2, 40))
-def test_separate_rows_are_their_twin(lengths: list[int], sequence_length: int) -> None:
-    corpus = corpus_of(lengths)
-    assert all_rows(SeparateRows(corpus, sequence_length, PAD)) == separate_twin(corpus, sequence_length)
+@given(lengths_of_documents, st.integers(2, 40), st.data())
+def test_packed_rows_train_what_the_mask_says(lengths: list[int], sequence_length: int, data: st.DataObject) -> None:
+    num = sum(lengths)
+    corpus = corpus_of(lengths, trained=data.draw(st.lists(st.booleans(), min_size=num, max_size=num)))
+    rows = PackedRows(corpus, sequence_length, PAD)
+    assert all_rows(rows) == packed_twin(corpus, sequence_length)
+    assert rows.lengths(np.arange(len(rows))).tolist() == [
+        int((rows[i].document_ids != PADDING).sum()) for i in range(len(rows))
+    ]
 
 
-@pytest.mark.parametrize("kind", [PackedRows, SeparateRows])
 @given(lengths=lengths_of_documents, sequence_length=st.integers(2, 40))
-def test_every_token_but_the_first_is_predicted_once(
-    kind: type[PackedRows] | type[SeparateRows], lengths: list[int], sequence_length: int
-) -> None:
+def test_every_token_but_the_first_is_predicted_once(lengths: list[int], sequence_length: int) -> None:
     corpus = corpus_of(lengths)
-    rows = kind(corpus, sequence_length, PAD)
+    rows = PackedRows(corpus, sequence_length, PAD)
     found = [rows[i] for i in range(len(rows))]
     targets = np.concatenate([row.targets for row in found])
     firsts = corpus.tokens[[0, *corpus.document_ends[:-1].tolist()]]
@@ -89,21 +91,12 @@ def test_every_token_but_the_first_is_predicted_once(
         assert (row.targets[counted] == row.input_ids[counted] + 1).all()
 
 
-def test_separate_rows_across_blocks_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = corpus_of(np.random.default_rng(0).integers(2, 30, size=50).tolist())
-    expected = separate_twin(corpus, 8)
-    for size in (1, 3, 50, 64):
-        monkeypatch.setattr(packing, "DOCUMENTS_IN_A_BLOCK", size)
-        assert all_rows(SeparateRows(corpus, 8, PAD)) == expected
-
-
-@pytest.mark.parametrize("kind", [PackedRows, SeparateRows])
-def test_rows_out_of_range(kind: type[PackedRows] | type[SeparateRows]) -> None:
-    rows = kind(corpus_of([5, 5]), 4, PAD)
+def test_rows_out_of_range() -> None:
+    rows = PackedRows(corpus_of([5, 5]), 4, PAD)
     for index in (-1, len(rows)):
         with pytest.raises(IndexError, match=f"row {index} of {len(rows)}"):
             rows[index]
-    assert len(kind(corpus_of([]), 4, PAD)) == 0
+    assert len(PackedRows(corpus_of([]), 4, PAD)) == 0
 
 
 def test_a_row_reads_only_its_own_tokens() -> None:

@@ -9,7 +9,9 @@ from llmtrain.engines.parts import (
     AveragedWeights,
     build_adamw,
     forward_precision,
+    is_matrix,
     prepare_layers,
+    set_learning_rate,
     trained_state,
 )
 from llmtrain.errors import InputError
@@ -36,7 +38,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert decayed["weight_decay"] == 0.3
     assert kept["weight_decay"] == 0.0
     for group in optimizer.param_groups:
-        assert (group["lr"], tuple(group["betas"]), group["eps"]) == (1e-3, (0.8, 0.9), 1e-6)
+        assert (group["lr_ratio"], tuple(group["betas"]), group["eps"]) == (1.0, (0.8, 0.9), 1e-6)
     matrices, vectors = names_of(decoder, decayed["params"]), names_of(decoder, kept["params"])
     assert "hf.model.embed_tokens.weight" in matrices
     assert "hf.model.layers.1.self_attn.q_proj.weight" in matrices
@@ -56,6 +58,46 @@ def test_frozen_parameters_are_in_no_group() -> None:
 
 def test_a_model_of_matrices_only_has_one_group() -> None:
     assert len(build_adamw(nn.Linear(3, 2, bias=False), AdamW(lr=1e-3)).param_groups) == 1
+
+
+GROUPS = [
+    {"names": "*.embed_tokens.*", "lr_ratio": 0.1},
+    {"names": "*norm*", "lr_ratio": 2.0, "weight_decay": 0.05},
+    {"names": "model.*_proj.weight", "lr_ratio": 0.1},
+]
+
+
+def with_groups(*groups: dict[str, object]) -> AdamW:
+    return AdamW.model_validate({"kind": "adamw", "lr": 1e-3, "weight_decay": 0.3, "groups": list(groups)})
+
+
+def test_the_first_group_that_matches_counts_by_names_as_users_see_them() -> None:
+    optimizer = build_adamw(decoder := tiny.decoder(), with_groups(*GROUPS))
+    settings = {}
+    for group in optimizer.param_groups:
+        for name in names_of(decoder, group["params"]):
+            settings[name] = (group["lr_ratio"], group["weight_decay"])
+    assert len(settings) == len(list(decoder.parameters()))
+    assert settings["hf.model.embed_tokens.weight"] == (0.1, 0.3)
+    assert settings["hf.model.norm.weight"] == (2.0, 0.05)  # vectors, too, since the group says so
+    assert settings["hf.model.layers.1.mlp.up_proj.weight"] == (0.1, 0.3)
+    assert settings["hf.lm_head.weight"] == (1.0, 0.3)
+    assert len(optimizer.param_groups) == 3  # what has the same settings is together
+    set_learning_rate(optimizer, 5.0)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5, 10.0, 5.0}
+
+
+@pytest.mark.parametrize("groups", [[{"names": "*lora_B*", "lr_ratio": 16}], [GROUPS[0], GROUPS[0]]])
+def test_a_group_without_parameters_is_an_error(groups: list[dict[str, object]]) -> None:
+    with pytest.raises(InputError, match="no trained parameter is called") as caught:
+        build_adamw(tiny.decoder(), with_groups(*groups))
+    assert caught.value.where == f"optimizer.groups.{len(groups) - 1}.names"
+    assert "names are such as model.embed_tokens.weight" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((3, 2), True), ((1, 4), False), ((4, 1), False), ((4,), False)])
+def test_a_row_or_a_column_is_no_matrix(shape: tuple[int, ...], expected: bool) -> None:
+    assert is_matrix(shape) is expected
 
 
 # ------------------------------------------------------------------------------------- average
@@ -108,6 +150,7 @@ def test_the_state_has_flat_names_and_is_live() -> None:
     frozen = "hf.model.layers.1.mlp.up_proj.weight"
     decoder.get_parameter(frozen).requires_grad_(False)
     optimizer = build_adamw(decoder, AdamW(lr=1e-2))
+    set_learning_rate(optimizer, 1e-2)
     state = dict(trained_state(decoder, optimizer))
     name = "hf.model.layers.0.mlp.up_proj.weight"
     assert {key for key in state if name in key} == {
@@ -130,6 +173,7 @@ def test_the_first_step_is_that_of_an_optimizer_whose_state_comes_later() -> Non
     for early in (True, False):
         decoder = tiny.decoder()
         optimizer = build_adamw(decoder, AdamW(lr=1e-2))
+        set_learning_rate(optimizer, 1e-2)
         if not early:
             optimizer.state.clear()
         for _ in range(3):

@@ -21,7 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from llmtrain.errors import TrainingError
 from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.decoder import Decoder
-from llmtrain.models.hub import open_model, save_pretrained
+from llmtrain.models.hub import open_model
+from llmtrain.models.saving import save_pretrained
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llmtrain.errors import InputError
 from llmtrain.models.decoder import Decoder
-from llmtrain.models.hub import open_model, save_pretrained
+from llmtrain.models.hub import open_model
+from llmtrain.models.saving import save_pretrained
 from tests import tiny
 
 IDS = torch.arange(3, 23)[None]

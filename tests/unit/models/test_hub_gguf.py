@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmtrain.errors import InputError
-from llmtrain.models.hub import open_model, save_pretrained
+from llmtrain.models.hub import open_model
+from llmtrain.models.saving import save_pretrained
 from tests import tiny
 
 

@@ -81,3 +81,8 @@ def test_readable() -> None:
         "989 TFLOP/s",
         "2.25 PFLOP/s",
     ]
+
+
+def test_frozen_weights_cost_no_gradient_of_theirs() -> None:
+    """Forward and the gradient of what goes in: two thirds of a trained weight's work."""
+    assert training_flops_per_token(90, 0, 0, 8, num_frozen=90) == training_flops_per_token(60, 0, 0, 8)

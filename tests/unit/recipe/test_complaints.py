@@ -10,8 +10,8 @@ from llmtrain.recipe.problems import RecipeError
 from tests.unit.recipe.minimal import MINIMAL, Write
 
 TOP = (
-    "name, description, output_dir, seed, device, precision, sequence_length, steps, epochs, batch, model, tokenizer, "
-    "data, algorithm, optimizer, schedule, engine, ema, evaluation, samples, checkpoint, watchdog, logging"
+    "name, description, output_dir, seed, device, precision, sequence_length, steps, epochs, batch, model, adapter, tokenizer, "
+    "data, algorithm, optimizer, schedule, engine, ema, evaluation, early_stopping, samples, checkpoint, watchdog, logging"
 )
 
 
@@ -29,7 +29,7 @@ CASES = [
     (
         "{lr: 1e-3}",
         "{lr: 1e-3, wieght_decay: 0}",
-        "14: optimizer.wieght_decay: unknown key 'wieght_decay' for kind adamw; did you mean 'weight_decay'?; allowed: kind, lr, betas, eps, weight_decay, clip_norm, max_skipped_steps",
+        "14: optimizer.wieght_decay: unknown key 'wieght_decay' for kind adamw; did you mean 'weight_decay'?; allowed: kind, lr, groups, betas, eps, weight_decay, clip_norm, max_skipped_steps",
     ),
     (
         "kind: cosine,",
@@ -49,7 +49,7 @@ CASES = [
         "",
         "1: missing key 'schedule' (kind constant, linear, cosine, wsd)",
     ),
-    ("{lr: 1e-3}", "{eps: 1e-8}", "14: optimizer: missing key 'lr' (Peak learning rate)"),
+    ("{lr: 1e-3}", "{eps: 1e-8}", "14: optimizer has no lr, and only fine-tuning (algorithm sft) has a default for it"),
     ("kind: cosine", "kind: wsd", "15: schedule: missing key 'decay_steps' (Steps of the final decay)"),
     ("{kind: text, ", "{", "12: data.train.0: missing key 'kind'; allowed: text, jsonl, parquet, python, huggingface"),
     ("  kind: config\n", "", "5: model: missing key 'kind'; allowed: config, pretrained, gguf"),
@@ -60,7 +60,7 @@ CASES = [
         "15: schedule.kind: the text 'cosin' is not allowed; did you mean 'cosine'?; allowed: constant, linear, cosine, wsd",
     ),
     ("kind: cosine", "kind: 3", "15: schedule.kind: 3 is not allowed; allowed: constant, linear, cosine, wsd"),
-    ("kind: causal_lm", "kind: grpo", "13: algorithm.kind: the text 'grpo' is not allowed; allowed: causal_lm"),
+    ("kind: causal_lm", "kind: grpo", "13: algorithm.kind: the text 'grpo' is not allowed; allowed: causal_lm, sft"),
     (
         "steps: 100",
         "steps: 100\nprecision: bf-16",
@@ -81,7 +81,7 @@ CASES = [
         "lr: '1e-3'",
         "14: optimizer.lr: expected a number, given the text '1e-3'; write it as plain digits, without quotes or separators",
     ),
-    ("lr: 1e-3", "lr: null", "14: optimizer.lr: expected a number, given nothing (null)"),
+    ("lr: 1e-3", "lr: null", "14: optimizer has no lr, and only fine-tuning (algorithm sft) has a default for it"),
     ("lr: 1e-3", "lr: .inf", "14: optimizer.lr: expected a finite number, given inf"),
     ("lr: 1e-3", "lr: .nan", "14: optimizer.lr: expected a finite number, given nan"),
     ("name: minimal", "name: 12", "1: name: expected text, given 12; put it in quotes"),

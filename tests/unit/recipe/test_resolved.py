@@ -55,6 +55,7 @@ def test_identity_leaves_out_how_a_run_is_carried_out(write: Write) -> None:
         "device=cpu",
         "engine={kind: ddp, compile: true}",
         "samples={prompts: [a]}",
+        "early_stopping={patience: 2}",
         "evaluation.every=3",
         "checkpoint.keep=9",
         "watchdog.data=9",

@@ -1,0 +1,138 @@
+"""What the algorithms of text have in common: held-out figures, and samples to look at."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from llmtrain import distributed
+from llmtrain.contracts import POLICY, MicroBatch, Sample
+from llmtrain.data.tokenizer import document_frame, token_byte_lengths
+from llmtrain.errors import InputError
+from llmtrain.models.loss_head import IGNORE_INDEX, linear_cross_entropy
+from llmtrain.recipe.schema import Samples
+from llmtrain.sampling.autoregressive import continue_prompts
+
+
+def nll_sum(model: nn.Module, micro: MicroBatch) -> Tensor:
+    """Sum of -log p(target) over a micro-batch's counted positions, in nats: a float32 scalar."""
+
+    def head_loss(hidden: Tensor, head: nn.Linear) -> Tensor:
+        rows, targets = counted(hidden, micro)
+        return linear_cross_entropy(rows, head.weight, targets, head.bias)
+
+    loss: Tensor = model(micro.tensors["input_ids"], micro.tensors["position_ids"], head_loss)
+    return loss
+
+
+def counted(hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Hidden states [N, D] and targets [N] of the N positions that count: the head computes no others."""
+    where = micro.tensors["counted"]
+    return hidden.flatten(0, 1).index_select(0, where), micro.tensors["targets"].flatten().index_select(0, where)
+
+
+class HeldOut:
+    """Held-out rows, and how well a model predicts them.
+
+    Args:
+        batches: this rank's share of the rows.
+        tokenizer: tells how many bytes a token stands for.
+    """
+
+    def __init__(self, batches: Sequence[MicroBatch], tokenizer: PreTrainedTokenizerBase):
+        self._batches = batches
+        self._token_bytes = token_byte_lengths(tokenizer)
+
+    def figures(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Loss (nats a token), perplexity, and bits per byte of the text predicted; equal on all ranks.
+
+        A token that ends a document or a turn counts as a token to predict and as no byte; bits per
+        byte are NaN where no token stands for any. Nothing is returned where no rows are held out.
+        """
+        nll, tokens, num_bytes = 0.0, 0.0, 0.0
+        for micro in self._batches:
+            nll += nll_sum(model, micro.to(device)).item()
+            tokens += micro.weights[POLICY]
+            num_bytes += self._bytes_predicted(micro.tensors["targets"].numpy())
+        nll, tokens, num_bytes = distributed.sum_scalars([nll, tokens, num_bytes])
+        if tokens == 0:
+            return {}
+        loss = nll / tokens
+        # exp overflows beyond 709 nats, where a model that diverged may be
+        perplexity = math.exp(min(loss, 700.0))
+        bits_per_byte = nll / math.log(2) / num_bytes if num_bytes else math.nan
+        return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
+
+    def _bytes_predicted(self, targets: np.ndarray) -> float:
+        return float(self._token_bytes[targets[targets != IGNORE_INDEX]].sum())
+
+
+class TextSamples:
+    """Prompts that the model continues while training, to look at.
+
+    Args:
+        settings: None for no samples.
+        tokenizer: of the model.
+        max_length: tokens the model was made for.
+        seed: of the sampling.
+        encode: ids of a prompt; default: the plain text as the beginning of a document.
+    """
+
+    def __init__(
+        self,
+        settings: Samples | None,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        seed: int,
+        encode: Callable[[str], list[int]] | None = None,
+    ):
+        self._settings, self._tokenizer, self._seed, self._max_length = settings, tokenizer, seed, max_length
+        prompts = [] if settings is None else settings.prompts
+        self._prompts = [self._checked(text, (encode or self._as_document)(text)) for text in prompts]
+
+    def _as_document(self, prompt: str) -> list[int]:
+        before, _ = document_frame(self._tokenizer)
+        return [*before, *self._tokenizer.encode(prompt, add_special_tokens=False)]
+
+    def _checked(self, prompt: str, ids: list[int]) -> list[int]:
+        if not 0 < len(ids) < self._max_length:
+            raise InputError(
+                f"the prompt {prompt[:40]!r} has {len(ids)} tokens; it takes 1 to {self._max_length - 1}",
+                where="samples.prompts",
+                remedy="shorten the prompt" if ids else "give a prompt that is not empty",
+            )
+        return ids
+
+    def drawn(self, model: nn.Module, device: torch.device) -> list[Sample]:
+        """A continuation of each prompt."""
+        if self._settings is None:
+            return []
+        tokenizer = self._tokenizer
+        completions = continue_prompts(
+            model,
+            self._prompts,
+            max_new_tokens=self._settings.max_new_tokens,
+            temperature=self._settings.temperature,
+            eos_id=tokenizer.eos_token_id,
+            max_length=self._max_length,
+            device=device,
+            seed=self._seed,
+        )
+        return [
+            Sample(prompt, tokenizer.decode(completion, skip_special_tokens=True))
+            for prompt, completion in zip(self._settings.prompts, completions, strict=True)
+        ]
+
+
+def refuse_other_data(now: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    """Raises InputError where a checkpoint's batches came from other data, by key of the recipe."""
+    for key, print_of_data in now.items():
+        if saved.get(key) != print_of_data:
+            raise InputError(
+                "the text, the tokenizer or how rows are made of them changed since the checkpoint was saved",
+                where=key,
+                remedy="bring the former files back, or start a new run with another name=...",
+            )

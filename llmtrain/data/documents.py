@@ -1,0 +1,88 @@
+"""What a source is made of for an algorithm, texts or examples, and how their token ids come about."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from llmtrain.data.chat import ExampleEncoder, Tokens
+from llmtrain.data.formats import Example, read_examples
+from llmtrain.data.sources import read_documents
+from llmtrain.data.tokenizer import document_frame, encode_documents, hash_tokenizer, num_ids
+from llmtrain.recipe.schema import Data, Recipe, Source
+
+T = TypeVar("T")
+
+
+class Documents(Protocol[T]):
+    """Reads the documents of sources and encodes them.
+
+    Attributes:
+        fingerprint: changes with all that decides the ids and masks of a document.
+        num_ids: one more than the largest id.
+        masked: whether some tokens are not trained; otherwise all are, and `Tokens.trained` is empty.
+    """
+
+    fingerprint: str
+    num_ids: int
+    masked: bool
+
+    def read(self, source: Source) -> Iterator[T]:
+        """The documents in a fixed order."""
+        ...
+
+    def content(self, document: T) -> str:
+        """What decides its half, and whether it is a duplicate."""
+        ...
+
+    def encode(self, documents: Sequence[T]) -> list[Tokens]:
+        """Whole framed documents; no ids where nothing of one is left."""
+        ...
+
+
+class Texts:
+    """Texts of which every token is trained (pretraining)."""
+
+    masked = False
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._before, self._after = document_frame(tokenizer)
+        self.fingerprint, self.num_ids = hash_tokenizer(tokenizer), num_ids(tokenizer)
+
+    def read(self, source: Source) -> Iterator[str]:
+        return read_documents(source)
+
+    def content(self, document: str) -> str:
+        return document
+
+    def encode(self, documents: Sequence[str]) -> list[Tokens]:
+        # No ids: a text of nothing but characters that the tokenizer's normaliser removes.
+        return [
+            Tokens([*self._before, *ids, *self._after] if ids else [], [])
+            for ids in encode_documents(self._tokenizer, documents)
+        ]
+
+
+class Examples:
+    """Examples of which some tokens are trained (fine-tuning)."""
+
+    masked = True
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data):
+        self._encoder = ExampleEncoder(tokenizer, data)
+        self.fingerprint, self.num_ids = self._encoder.fingerprint, num_ids(tokenizer)
+
+    def read(self, source: Source) -> Iterator[Example]:
+        return read_examples(source)
+
+    def content(self, document: Example) -> str:
+        return document.content
+
+    def encode(self, documents: Sequence[Example]) -> list[Tokens]:
+        return self._encoder.encode(documents)
+
+
+def documents_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Documents[Any]:
+    """What the recipe's algorithm reads."""
+    return Examples(tokenizer, recipe.data) if recipe.algorithm.kind == "sft" else Texts(tokenizer)

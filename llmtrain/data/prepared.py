@@ -1,0 +1,215 @@
+"""Each source of a recipe as rows, with what became of its documents, and whether that can be meant."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from llmtrain.data.cache import TRAIN, VALIDATION, Halves, TokenCorpus, tokenised
+from llmtrain.data.documents import documents_of
+from llmtrain.data.formats import read_examples
+from llmtrain.data.hashing import hash_settings
+from llmtrain.data.packing import PackedRows, PlannedRows, RowPlan, Rows
+from llmtrain.data.row_plan import PlanSettings, RowCounts, plan_rows, plan_stream
+from llmtrain.data.sources import describe
+from llmtrain.data.tokenizer import pad_id
+from llmtrain.errors import InputError
+from llmtrain.recipe.schema import Data, Recipe, Source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """One half of a source as rows.
+
+    Attributes:
+        key: of the source in the recipe.
+        plan: what is in each row; None for packing documents, where rows are cut from the stream.
+        counts: what became of the documents; None where every token of every one is in a row and trained.
+        num_duplicates: documents of the source, in either half, that were there before and are left out.
+    """
+
+    key: str
+    source: Source
+    corpus: TokenCorpus
+    rows: Rows
+    plan: RowPlan | None
+    counts: RowCounts | None
+    num_duplicates: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All sources of a recipe. `fingerprint`: see Datasets."""
+
+    train: list[SourceRows]
+    validation: list[SourceRows]
+    fingerprint: dict[str, str]
+
+
+def plan_settings(recipe: Recipe) -> PlanSettings:
+    """How the recipe's documents become rows."""
+    overflow = recipe.data.overflow
+    if overflow == "auto":
+        overflow = "truncate" if recipe.algorithm.kind == "sft" else "split"
+    return PlanSettings(recipe.packing, overflow, recipe.sequence_length)
+
+
+def held_out_fraction(data: Data) -> float:
+    """Of the training sources; none where validation has sources of its own."""
+    return 0.0 if data.validation is not None else data.validation_fraction
+
+
+def prepare_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> Prepared:
+    """Tokenises and plans what is not in the cache.
+
+    Raises:
+        InputError: bad input, or no document to train on or to hold out.
+    """
+    data, settings = recipe.data, plan_settings(recipe)
+    documents = documents_of(recipe, tokenizer)
+
+    def halves_of(sources: Sequence[Source], held_out: float) -> list[Halves]:
+        return [tokenised(source, documents, held_out, cache_dir, data.deduplicate) for source in sources]
+
+    def rows(key: str, source: Source, halves: Halves, half: str) -> SourceRows:
+        corpus = halves.train if half == TRAIN else halves.validation
+        length, pad, name = recipe.sequence_length, pad_id(tokenizer), f"{halves.key} {half}"
+        if settings.packing == "documents":
+            starts = counts = None
+            if corpus.trained is not None:
+                starts, counts = plan_stream(corpus, name, settings, cache_dir)
+            packed = PackedRows(corpus, length, pad, starts)
+            return SourceRows(key, source, corpus, packed, None, counts, halves.num_duplicates)
+        plan, counts = plan_rows(corpus, name, settings, cache_dir)
+        planned = PlannedRows(corpus, plan, length, pad, ragged=settings.packing == "none")
+        return SourceRows(key, source, corpus, planned, plan, counts, halves.num_duplicates)
+
+    held_out = held_out_fraction(data)
+    halves = halves_of(data.train, held_out)
+    _check_training_half(data, halves)
+    train = [rows(f"data.train.{i}", data.train[i], half, TRAIN) for i, half in enumerate(halves)]
+    # What beside the text decides which rows stand where.
+    how = [settings.packing, settings.overflow, data.group_by_length, data.temperature]
+    fingerprint = {"data.train": hash_settings([*(half.key for half in halves), how])}
+    if data.validation is not None:
+        others = halves_of(data.validation, 0.0)
+        validation = [rows(f"data.validation.{i}", data.validation[i], half, TRAIN) for i, half in enumerate(others)]
+        fingerprint["data.validation"] = hash_settings([*(half.key for half in others), how[:2]])
+    else:
+        _check_held_out_half(halves, held_out)
+        validation = [
+            rows(f"data.train.{i}", data.train[i], half, VALIDATION)
+            for i, half in enumerate(halves)
+            if half.validation.num_documents
+        ]
+    return Prepared(train, validation, fingerprint)
+
+
+def _check_training_half(data: Data, halves: list[Halves]) -> None:
+    for number, half in enumerate(halves):
+        if not half.train.num_documents:
+            message = f"all {half.validation.num_documents} documents of {describe(data.train[number])} are held out"
+            remedy = "lower data.validation_fraction, or give more documents"
+            raise InputError(message, where=f"data.train.{number}", remedy=remedy)
+
+
+def _check_held_out_half(halves: list[Halves], held_out: float) -> None:
+    if held_out > 0 and not any(half.validation.num_documents for half in halves):
+        num = sum(half.train.num_documents for half in halves)
+        raise InputError(
+            f"a share of {held_out} of {num} documents holds out none",
+            where="data.validation_fraction",
+            remedy="raise it, split the text into more documents, give data.validation, or set it to 0 for none",
+        )
+
+
+# ------------------------------------------------------------------------- what became of documents
+
+
+def check_trained(half: SourceRows, recipe: Recipe) -> None:
+    """Raises InputError where more documents than data.max_empty_share have no trained token."""
+    counts = half.counts
+    if counts is None or not counts.num_empty:
+        return
+    share = counts.num_empty / counts.num_documents
+    if share <= recipe.data.max_empty_share and len(half.rows):
+        return
+    reasons, remedies = [], []
+    if counts.num_untrained:
+        reasons.append(f"{counts.num_untrained:,} have none at all")
+        remedies.append(
+            "check data.chat_template, which must mark the assistant's turns, data.train_on, and that the rows hold "
+            "such turns"
+        )
+    if counts.num_cut_off:
+        reasons.append(f"of {counts.num_cut_off:,} all lie beyond sequence_length {recipe.sequence_length}")
+        remedies.append("raise sequence_length, shorten the prompts, or set data.overflow=split")
+    remedies.append("see them with: llmtrain data inspect RECIPE")
+    if len(half.rows):
+        remedies.append("or raise data.max_empty_share, if they may be left out")
+    raise InputError(
+        f"{counts.num_empty:,} of {counts.num_documents:,} documents of {describe(half.source)} ({share:.1%}) have no "
+        f"trained token in the rows ({'; '.join(reasons)}); data.max_empty_share is {recipe.data.max_empty_share:g}; "
+        f"the first is {place_of(half, counts.first_empty)}",
+        where=half.key,
+        remedy="; ".join(remedies),
+    )
+
+
+def place_of(half: SourceRows, document: int | None) -> str:
+    """Where a document comes from: file and line, read anew, so it is for messages only."""
+    assert document is not None
+    if half.corpus.numbers is None:
+        return f"document {document + 1}"
+    number = int(half.corpus.numbers[document])
+    example = next(islice(read_examples(half.source), number, None), None)
+    return f"example {number + 1}" if example is None else example.where
+
+
+def report(half: SourceRows, recipe: Recipe) -> None:
+    """Logs what became of the documents, as warnings where something is lost."""
+    counts, length = half.counts, recipe.sequence_length
+    if counts is None or not counts.num_documents:
+        return
+    what, all_of = describe(half.source), f"{counts.num_documents:,} documents"
+    if counts.num_truncated:
+        log.warning(
+            "%s: %s of %s are longer than a row of %d tokens and were truncated: %s tokens lost; the longest has %s "
+            "(data.overflow=split keeps all, sequence_length holds more)",
+            what,
+            f"{counts.num_truncated:,}",
+            all_of,
+            length,
+            f"{counts.num_dropped:,}",
+            f"{counts.longest:,}",
+        )
+    if counts.num_split:
+        level = logging.WARNING if half.corpus.trained is not None else logging.INFO
+        text = "%s: %s of %s are longer than a row of %d tokens and were split into rows that do not see each other"
+        log.log(level, text, what, f"{counts.num_split:,}", all_of, length)
+    if counts.num_empty:
+        are = "are trained on nothing" if recipe.packing == "documents" else "were left out"
+        text = "%s: %s of %s have no trained token in the rows and %s"
+        log.warning(text, what, f"{counts.num_empty:,}", all_of, are)
+    if counts.num_pieces_left_out:
+        text = "%s: %s pieces of documents that were split have no trained token and were left out"
+        log.info(text, what, f"{counts.num_pieces_left_out:,}")
+    log.info(
+        "%s: %s in %s rows, %.1f%% of whose slots hold tokens",
+        what,
+        all_of,
+        f"{len(half.rows):,}",
+        100 * efficiency(half, length),
+    )
+
+
+def efficiency(half: SourceRows, sequence_length: int) -> float:
+    """Tokens over slots of the rows; those of ragged rows are counted before their padding is cut."""
+    slots = len(half.rows) * sequence_length
+    num = half.corpus.num_tokens if half.counts is None else half.counts.num_tokens
+    return num / slots if slots else 0.0

@@ -1,0 +1,45 @@
+"""Figures and how far off they may be: the rows stand for all that could have been asked."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Figure(NamedTuple):
+    """A figure, its standard error (None where there is none, as of a single row), and the rows that it is of."""
+
+    value: float
+    stderr: float | None
+    rows: int
+
+
+def mean(values: Sequence[float]) -> Figure:
+    """The mean of rows; for zeros and ones the error is the binomial one, sqrt(p (1 - p) / (n - 1))."""
+    rows = np.asarray(values, dtype=np.float64)
+    error = None if len(rows) < 2 else float(rows.std(ddof=1)) / math.sqrt(len(rows))
+    return Figure(float(rows.mean()), error, len(rows))
+
+
+def ratio(sums: Sequence[float], weights: Sequence[float]) -> Figure:
+    """sum(sums) / sum(weights) of rows that weigh differently, such as nats over tokens of documents.
+
+    The error is that of the linearised ratio (Cochran, Sampling Techniques, 6.4); the bootstrap over rows gives
+    the same for many rows, and needs random numbers.
+    """
+    s, w = np.asarray(sums, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    if w.sum() == 0:
+        return Figure(math.nan, None, len(s))
+    value = float(s.sum() / w.sum())
+    if len(s) < 2:
+        return Figure(value, None, len(s))
+    residuals = s - value * w
+    error = math.sqrt(len(s) / (len(s) - 1) * float((residuals**2).sum())) / float(w.sum())
+    return Figure(value, error, len(s))
+
+
+def exponential(figure: Figure) -> Figure:
+    """exp of a figure, with the error that follows to first order."""
+    value = math.exp(min(figure.value, 700.0))  # it overflows beyond 709
+    return Figure(value, None if figure.stderr is None else value * figure.stderr, figure.rows)

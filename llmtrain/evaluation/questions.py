@@ -1,0 +1,223 @@
+"""Questions with a right answer: prompts from rows, answers from the model, a score for each."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmtrain.errors import InputError, nearest
+from llmtrain.evaluation.answers import equals, find, find_mathematics, mathematically_equals
+from llmtrain.evaluation.figures import Figure, mean
+from llmtrain.evaluation.tasks import ExactMatch, LoadedTask, Math
+from llmtrain.evaluation.templates import fields_of, fill
+from llmtrain.models.saved import Saved
+from llmtrain.sampling.batched import Completion, Request, Sampling, TextGenerator
+from llmtrain.sampling.progress import RowProgress
+from llmtrain.sampling.prompts import check_chat_template, check_messages, encode_messages, encode_text, end_ids
+from llmtrain.sampling.rows import Row, read_rows
+
+Task = ExactMatch | Math
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A row as it is asked: token ids, the text or messages that they stand for, the right answers."""
+
+    ids: list[int]
+    shown: Any
+    right: list[str]
+
+
+def ask(
+    loaded: LoadedTask, task: Task, saved: Saved, limit: int | None, batch_tokens: int
+) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
+    """The figures, and a row a question with all that was said.
+
+    Raises:
+        InputError: a file or a row is wrong, or a prompt does not fit the model.
+    """
+    with loaded.errors_located("data"):
+        rows = read_rows(loaded.beside(task.data), loaded.where("data"))[:limit]
+    examples = _examples(loaded, task)
+    questions = [_question(loaded, task, saved, row, examples) for row in rows]
+    correct = [_scorer(loaded, task, question.right) for question in questions]
+    sampling = Sampling(task.max_new_tokens, task.temperature, task.top_p, task.seed, tuple(task.stop))
+    generator = TextGenerator(saved, end_ids(saved), sampling, batch_tokens)
+    _check_lengths(saved, generator, rows, questions)
+    answers = _answers(loaded, task, generator, questions)
+    records = [
+        _record(task, index, question, answers[index], correct[index]) for index, question in enumerate(questions)
+    ]
+    return _figures(task, records), records
+
+
+def _answers(
+    loaded: LoadedTask, task: Task, generator: TextGenerator, questions: Sequence[_Question]
+) -> list[list[Completion]]:
+    requests = [
+        Request(question.ids, index, sample)
+        for index, question in enumerate(questions)
+        for sample in range(task.samples)
+    ]
+    answers: dict[tuple[int, int], Completion] = {}
+    with RowProgress(f"{loaded.name}: answers", len(requests)) as progress:
+
+        def take(number: int, completion: Completion) -> None:
+            answers[requests[number].row, requests[number].sample] = completion
+            progress.advance()
+
+        generator.generate(requests, take)
+    return [[answers[index, sample] for sample in range(task.samples)] for index in range(len(questions))]
+
+
+def _record(
+    task: Task, index: int, question: _Question, completions: Sequence[Completion], correct: Callable[[str], bool]
+) -> dict[str, Any]:
+    said = []
+    for completion in completions:
+        if task.extract is None and isinstance(task, Math):
+            answer = find_mathematics(completion.text)
+        else:
+            answer = find(completion.text, task.extract, task.match)
+        entry = {
+            "text": completion.text,
+            "finish_reason": completion.finish,
+            "tokens": len(completion.ids),
+            "answer": answer,
+            "correct": answer is not None and correct(answer),
+        }
+        if task.format is not None:
+            entry["format"] = re.fullmatch(task.format, completion.text, re.DOTALL) is not None
+        said.append(entry)
+    return {"row": index, "prompt": question.shown, "right": question.right, "completions": said}
+
+
+def _figures(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+    """Means over rows of each row's mean: several samples of one row are not several rows."""
+
+    def rate(of: Callable[[Mapping[str, Any]], float]) -> Figure:
+        return mean([sum(of(said) for said in row["completions"]) / len(row["completions"]) for row in records])
+
+    figures = {"accuracy": rate(lambda said: said["correct"])}
+    if task.samples > 1:
+        figures[f"pass@{task.samples}"] = mean(
+            [float(any(said["correct"] for said in row["completions"])) for row in records]
+        )
+    if task.format is not None:
+        figures["format_rate"] = rate(lambda said: said["format"])
+    figures["answered"] = rate(lambda said: said["answer"] is not None)
+    figures["cut_off"] = rate(lambda said: said["finish_reason"] == "length")
+    figures["tokens"] = rate(lambda said: said["tokens"])
+    return figures
+
+
+def _scorer(loaded: LoadedTask, task: Task, right: Sequence[str]) -> Callable[[str], bool]:
+    if isinstance(task, ExactMatch):
+        return equals(right, task.normalize)
+    with loaded.errors_located("kind"):
+        return mathematically_equals(right)
+
+
+def _check_lengths(saved: Saved, generator: TextGenerator, rows: Sequence[Row], questions: Sequence[_Question]) -> None:
+    long = [index for index, question in enumerate(questions) if generator.room(len(question.ids)) <= 0]
+    if long:
+        raise InputError(
+            f"{len(long)} of {len(rows)} prompts do not fit the model's window of {saved.window} tokens; "
+            f"this one has {len(questions[long[0]].ids)}",
+            where=rows[long[0]].where,
+            remedy="take these rows out, or give fewer few-shot examples",
+        )
+
+
+# ----------------------------------------------------------------------------------- prompts
+
+
+def _examples(loaded: LoadedTask, task: Task) -> list[Row]:
+    if task.fewshot is None:
+        return []
+    with loaded.errors_located("fewshot.data"):
+        rows = read_rows(loaded.beside(task.fewshot.data), loaded.where("fewshot.data"))
+    if len(rows) < task.fewshot.num:
+        raise InputError(
+            f"{task.fewshot.num} examples, and {task.fewshot.data} has {len(rows)}",
+            where=loaded.where("fewshot.num"),
+            remedy=f"use {len(rows)} or fewer",
+        )
+    return rows[: task.fewshot.num]
+
+
+def _question(loaded: LoadedTask, task: Task, saved: Saved, row: Row, examples: Sequence[Row]) -> _Question:
+    right = _right_answers(loaded, task, row)
+    examples = [example for example in examples if example.fields != row.fields]  # or it would be told its own answer
+    if task.messages is None and not task.chat:
+        texts = [_prompt(loaded, task, example) + _target(loaded, task, example) for example in examples]
+        text = task.separator.join([*texts, _prompt(loaded, task, row)])
+        return _Question(encode_text(saved.tokenizer, text, row.where), text, right)
+    messages = [{"role": "system", "content": task.system}] if task.system is not None else []
+    for example in examples:
+        messages += _conversation(loaded, task, example, answered=True)
+    messages += _conversation(loaded, task, row, answered=False)
+    check_chat_template(saved, loaded.where("messages" if task.messages else "chat"), "ask by prompt, without chat")
+    check_messages(messages, row.where)
+    return _Question(encode_messages(saved.tokenizer, messages, row.where), messages, right)
+
+
+def _conversation(loaded: LoadedTask, task: Task, row: Row, *, answered: bool) -> list[Any]:
+    if task.messages is not None:
+        messages = _field(loaded, row, task.messages, "messages")
+        if not isinstance(messages, list) or not messages:
+            raise InputError(
+                f"field {task.messages!r} is no list of messages", where=row.where, remedy="name another field"
+            )
+        if answered:
+            return messages
+        last = messages[-1]
+        return messages[:-1] if isinstance(last, dict) and last.get("role") == "assistant" else messages
+    asked = [{"role": "user", "content": _prompt(loaded, task, row)}]
+    return [*asked, {"role": "assistant", "content": _target(loaded, task, row).strip()}] if answered else asked
+
+
+def _prompt(loaded: LoadedTask, task: Task, row: Row) -> str:
+    assert task.prompt is not None
+    return _filled(loaded, row, task.prompt, "prompt")
+
+
+def _target(loaded: LoadedTask, task: Task, row: Row) -> str:
+    if task.target is not None:
+        return _filled(loaded, row, task.target, "target")
+    return f" {_right_answers(loaded, task, row)[0]}"
+
+
+def _filled(loaded: LoadedTask, row: Row, template: str, key: str) -> str:
+    for name in fields_of(template):
+        _field(loaded, row, name, key)
+    return fill(template, row.fields)
+
+
+def _right_answers(loaded: LoadedTask, task: Task, row: Row) -> list[str]:
+    given = _field(loaded, row, task.answer, "answer")
+    answers = given if isinstance(given, list) else [given]
+    if not answers or any(isinstance(a, bool) or not isinstance(a, str | int | float) for a in answers):
+        raise InputError(
+            f"field {task.answer!r} is {given!r}: neither a text or a number nor a list of them",
+            where=row.where,
+            remedy=f"correct the row, or name another field at {loaded.where('answer')}",
+        )
+    found = [find(str(answer), task.answer_extract, task.match) for answer in answers]
+    if None in found:
+        raise InputError(
+            f"answer_extract does not match the answer {answers[found.index(None)]!r}",
+            where=row.where,
+            remedy=f"correct the row, or the pattern at {loaded.where('answer_extract')}",
+        )
+    return [answer for answer in found if answer is not None]
+
+
+def _field(loaded: LoadedTask, row: Row, name: str, key: str) -> Any:
+    if name not in row.fields:
+        raise InputError(
+            f"no field {name!r}; fields there: {', '.join(row.fields)}{nearest(name, row.fields)}",
+            where=row.where,
+            remedy=f"add it to the row, or name another at {loaded.where(key)}",
+        )
+    return row.fields[name]

@@ -1,0 +1,1 @@
+"""A trained model as others take it: merged, cast, described."""

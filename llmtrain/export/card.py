@@ -1,0 +1,125 @@
+"""The model card: what the model is, what it was made from, and the command that made it."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmtrain import __version__
+from llmtrain.data.sources import describe
+from llmtrain.errors import InputError
+from llmtrain.models.saved import BELOW, Location
+from llmtrain.observe.metrics import read_metrics
+from llmtrain.recipe.loading import load_recipe
+from llmtrain.recipe.resolved import RESOLVED
+from llmtrain.recipe.schema import ModelFromGGUF, ModelFromPretrained, Recipe
+
+_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+
+
+def card(location: Location, name: str, dtype: str, command: str, *, merged: bool) -> str:
+    """README.md of an exported model.
+
+    Args:
+        location: what was exported.
+        name: heading.
+        dtype: of the weights.
+        command: that exported it.
+        merged: an adapter's weights are in its base's now.
+    """
+    recipe = None if location.run is None else _recipe(location.run)
+    base = location.base or _base(recipe)
+    known = {} if base is None else _front_matter(Path(base))
+    adapter_alone = location.is_adapter and not merged
+    tags = ["llmtrain", *([recipe.algorithm.kind] if recipe else [])]
+    if recipe is not None and recipe.adapter is not None:
+        tags.append(recipe.adapter.kind)
+    metadata: dict[str, Any] = {
+        "base_model": _public_name(base, known),
+        "license": known.get("license") or _front_matter(Path(location.path)).get("license"),
+        "library_name": "peft" if adapter_alone else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
+    front = yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False)
+    parts = [f"---\n{front}---\n# {name}", _what(location, base, dtype, merged=merged)]
+    if location.run is not None and recipe is not None:
+        parts += _training(location.run, recipe)
+    parts.append(f"## Made by\n\nllmtrain {__version__}:\n\n```\n{command}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(location: Location, base: str | None, dtype: str, *, merged: bool) -> str:
+    if merged:
+        text = f"An adapter merged into its base model {base}; the merged logits were compared with the two apart."
+    elif location.is_adapter:
+        text = f"An adapter for {base}: load it with peft on top of that model."
+        if any(Path(location.path).glob(f"{BELOW}*")):
+            text += f" It was trained on that model with the adapters in {BELOW}0, ... merged into it, in this order."
+    else:
+        text = "A causal language model" + (f", trained from {base}." if base else ".")
+    return f"{text} Weights: {dtype}, safetensors."
+
+
+def _training(run: Path, recipe: Recipe) -> list[str]:
+    sources = "\n".join(f"- {describe(source)}" for source in recipe.data.train)
+    parts = [recipe.description] if recipe.description else []
+    parts.append(f"## Training data\n\n{sources}")
+    figures = _last_evaluation(run)
+    if figures:
+        rows = "\n".join(f"| {key} | {value:.6g} |" for key, value in figures.items())
+        parts.append(f"## Held-out figures\n\nOf the run's last evaluation:\n\n| figure | value |\n|---|---|\n{rows}")
+    text = (run / RESOLVED).read_text(encoding="utf-8")
+    resolved = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    parts.append(f"## Recipe\n\n`llmtrain train` with:\n\n```yaml\n{resolved}\n```")
+    return parts
+
+
+def _recipe(run: Path) -> Recipe | None:
+    try:
+        return load_recipe(run / RESOLVED).recipe
+    except InputError:
+        return None  # of another version of llmtrain: the model is worth more than its description
+
+
+def _base(recipe: Recipe | None) -> str | None:
+    match recipe.model if recipe is not None else None:
+        case ModelFromPretrained(path=path) | ModelFromGGUF(file=path):
+            return path
+        case _:
+            return None
+
+
+def _last_evaluation(run: Path) -> dict[str, float]:
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        return {}
+    evaluated = [record for record in read_metrics(file) if any(key.startswith("eval_") for key in record)]
+    if not evaluated:
+        return {}
+    last = evaluated[-1]
+    figures = {key.removeprefix("eval_"): float(value) for key, value in last.items() if key.startswith("eval_")}
+    return {"step": float(last["step"])} | {key: value for key, value in figures.items() if math.isfinite(value)}
+
+
+def _public_name(base: str | None, known: dict[str, Any]) -> str | None:
+    """A hub name: the base itself, or what its own card says where it is a directory."""
+    if base is None or not Path(base).exists():
+        return base
+    named = known.get("base_model")
+    return named if isinstance(named, str) else Path(base).resolve().name
+
+
+def _front_matter(directory: Path) -> dict[str, Any]:
+    """What the card in a directory says of itself; empty where there is none."""
+    file = directory / "README.md"
+    if not file.is_file():
+        return {}
+    found = _FRONT_MATTER.match(file.read_text(encoding="utf-8", errors="replace"))
+    try:
+        known = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        return {}
+    return known if isinstance(known, dict) else {}

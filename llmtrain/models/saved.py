@@ -1,0 +1,266 @@
+"""Models that lie on a disk, or on the hub, made ready to be used: of runs, of others, and adapters on them."""
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmtrain.data.tokenizer import load_tokenizer, num_ids
+from llmtrain.errors import InputError
+from llmtrain.models.decoder import config_field
+from llmtrain.models.hub import TRANSFORMERS_ERRORS, load_weights
+from llmtrain.recipe.resolved import RESOLVED
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BELOW = "base-"  # directories in an adapter's, numbered: adapters that it was trained on top of
+
+_NAMEABLE = "give a run directory, a model directory or an adapter directory"
+# Learnt keys and values in every layer; the other kinds of prompt learning are embeddings.
+_PREFIXES = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model lies.
+
+    Attributes:
+        path: its directory, or a hub name.
+        run: the directory of the run that made it, where that is known.
+        base: of an adapter, the directory or hub name of the model that it was made for; else None.
+    """
+
+    path: str
+    run: Path | None = None
+    base: str | None = None
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.base is not None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model in evaluation mode, and its tokenizer.
+
+    Attributes:
+        model: the transformers model, or peft's around it.
+        decoder: the transformers model; adapters inside its layers are in it already.
+        virtual: what an adapter puts before the text: embeddings, keys and values in every layer, or nothing.
+        num_virtual: how many positions that takes.
+    """
+
+    location: Location
+    model: torch.nn.Module
+    decoder: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    virtual: str | None = None
+    num_virtual: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.decoder.device
+        return device
+
+    @property
+    def window(self) -> int | None:
+        """Tokens of text that the model has positions for; None where it has no such limit."""
+        longest: int | None = config_field(self.decoder.config, "max_position_embeddings")
+        return None if longest is None else longest - self.num_virtual
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """[B, T, V] after each of the tokens [B, T], padded on the right, where causal attention does not see it."""
+        virtual: dict[str, Any] = {"input_ids": ids}
+        if self.virtual == "embeddings":
+            learnt = self.virtual_embeddings(len(ids))
+            virtual = {"inputs_embeds": torch.cat([learnt, self.decoder.get_input_embeddings()(ids)], 1)}
+        elif self.virtual == "cache":
+            virtual["past_key_values"] = self.virtual_cache(len(ids))
+        output: Tensor = self.decoder(**virtual, use_cache=self.virtual == "cache").logits
+        return output[:, -ids.shape[1] :]
+
+    def virtual_embeddings(self, rows: int) -> Tensor:
+        """[rows, num_virtual, D]: what stands before the text where `virtual` is embeddings."""
+        prompt: Tensor = self.model.get_prompt(batch_size=rows)  # type: ignore[operator]
+        return prompt.to(self.decoder.dtype)[:, : self.num_virtual]
+
+    def virtual_cache(self, rows: int) -> Cache:
+        """A fresh cache that begins with the learnt keys and values, where `virtual` is cache."""
+        return self.model.get_prompt(batch_size=rows)  # type: ignore[operator]
+
+
+def locate(model: str, base: str | None = None, where: str = "MODEL_OR_RUN") -> Location:
+    """What `model` names: a run, a model directory, an adapter directory or a hub model.
+
+    Args:
+        base: for an adapter, in place of the base model that it names itself.
+
+    Raises:
+        InputError: nothing is there, the run is not finished, or the adapter's base is not there.
+    """
+    path = Path(model).expanduser()
+    if not os.path.exists(path):
+        if not _may_be_on_hub(model):
+            raise InputError(f"no such directory: {model}", where=where, remedy=_NAMEABLE)
+        return _checked_base(Location(model), base)
+    for directory, run in ((path / "final", path), (path, _run_of(path))):
+        if (directory / ADAPTER_CONFIG).is_file():
+            return Location(str(directory), run, _base_of(directory, base))
+        if (directory / "config.json").is_file():
+            return _checked_base(Location(str(directory), run), base)
+    if (path / RESOLVED).is_file():
+        raise InputError(
+            f"the run in {model} is not finished: it has no final/ yet",
+            where=where,
+            remedy="run its `llmtrain train` command again, which goes on from its last checkpoint",
+        )
+    raise InputError(f"{model} holds no model (no config.json or {ADAPTER_CONFIG})", where=where, remedy=_NAMEABLE)
+
+
+def _may_be_on_hub(name: str) -> bool:
+    path = Path(name)
+    return not (path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.parent.is_dir())
+
+
+def _run_of(directory: Path) -> Path | None:
+    parent = directory.resolve().parent
+    return parent if directory.resolve().name == "final" and (parent / RESOLVED).is_file() else None
+
+
+def _checked_base(location: Location, base: str | None) -> Location:
+    if base is not None:
+        raise InputError(
+            f"{location.path} is a whole model, and takes no base", where="--base", remedy="leave --base out"
+        )
+    return location
+
+
+def _base_of(adapter: Path, given: str | None) -> str:
+    """The base model of an adapter directory: as given, else as its own configuration says."""
+    if given is not None:
+        return locate(given, where="--base").path
+    file = adapter / ADAPTER_CONFIG
+    try:
+        named = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot be read as peft's configuration: {error!r}", where=str(file)) from None
+    remedy = "give the directory of the base model with --base"
+    if not isinstance(named, str) or not named:
+        raise InputError("it does not say which model it was made for", where=str(file), remedy=remedy)
+    # A relative path was relative to where the training was started; adapters that are moved with their base
+    # keep it beside them.
+    for path in (Path(named).expanduser(), adapter / named):
+        if os.path.exists(path):
+            return locate(str(path), where=str(file)).path
+    if not _may_be_on_hub(named):
+        raise InputError(f"its base model is not there: {named}", where=str(file), remedy=remedy)
+    return named
+
+
+def load_saved(
+    model: str,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    where: str = "MODEL_OR_RUN",
+) -> Saved:
+    """A model of a run, directory or hub name, with the adapter on it where it is one; from safetensors only.
+
+    Args:
+        model: see `locate`.
+        base: for an adapter, in place of the base model that it names itself.
+        dtype: of the weights: auto (as they were saved), float32, bfloat16, float16.
+
+    Raises:
+        InputError: something is not there, or does not fit.
+    """
+    return load_located(locate(model, base, where), dtype=dtype, device=device)
+
+
+def load_located(location: Location, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Saved:
+    """As `load_saved`, of what `locate` found."""
+    chosen = DTYPES.get(dtype, "auto")
+    if location.base is None:
+        tokenizer = load_tokenizer(location.path)
+        weights = load_weights(location.path, location.path, dtype=chosen).to(device).eval()
+        return Saved(location, weights, weights, tokenizer)
+    has_tokenizer = (Path(location.path) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(location.path if has_tokenizer else location.base)
+    decoder = load_weights(location.base, location.base, dtype=chosen)
+    for below in sorted(Path(location.path).glob(f"{BELOW}*"), key=lambda path: int(path.name.removeprefix(BELOW))):
+        kept = decoder.dtype
+        decoder = _with_adapter(decoder.float(), tokenizer, below).merge_and_unload(safe_merge=True).to(kept)
+    with_adapter = _with_adapter(decoder, tokenizer, Path(location.path)).to(device).eval()
+    config = with_adapter.active_peft_config
+    if config.is_prompt_learning:
+        virtual = "cache" if config.peft_type in _PREFIXES else "embeddings"
+        return Saved(location, with_adapter, decoder, tokenizer, virtual, int(config.num_virtual_tokens))
+    return Saved(location, with_adapter, decoder, tokenizer)
+
+
+def _with_adapter(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Any:
+    # Only here: it takes a second to import, and most models have no adapter.
+    from peft import PeftModelForCausalLM, get_peft_model_state_dict
+
+    file = directory / ADAPTER_WEIGHTS
+    shapes = _shapes(file)
+    _grow_embeddings(decoder, tokenizer, shapes)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft's, of transformers
+            model = PeftModelForCausalLM.from_pretrained(decoder, str(directory), is_trainable=False)
+    except (*TRANSFORMERS_ERRORS, RuntimeError, NotImplementedError) as error:
+        raise InputError(
+            f"the adapter does not fit on {decoder.config.name_or_path or 'its base'}: {' '.join(str(error).split())}",
+            where=str(directory),
+            remedy="give the model that it was trained on with --base",
+        ) from error
+    # What the file lacks stays random; peft only warns of it.
+    missing = sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - shapes.keys())
+    if missing:
+        raise InputError(
+            f"{len(missing)} of the adapter's weights are not there: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}",
+            where=str(file),
+            remedy="save the adapter again, or give the model that it was trained on with --base",
+        )
+    return model
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    if not file.is_file():
+        raise InputError(
+            f"no such file: {file.name}",
+            where=str(file.parent),
+            remedy="save the adapter in safetensors (peft's default); pickled weights are not read",
+        )
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot be read: {error}", where=str(file)) from None
+
+
+def _grow_embeddings(
+    decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shapes: dict[str, list[int]]
+) -> None:
+    """Gives the base the rows of tokens that were added for the adapter; it holds their values, or trained none."""
+    rows = decoder.get_input_embeddings().weight.shape[0]
+    saved = [shape[0] for name, shape in shapes.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    wanted = max(saved, default=num_ids(tokenizer))
+    if wanted <= rows:
+        return
+    decoder.resize_token_embeddings(wanted, mean_resizing=False)  # which would draw them at random
+    with torch.no_grad():
+        for weight in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
+            weight[rows:] = weight[:rows].mean(0)

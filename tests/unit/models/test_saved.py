@@ -1,0 +1,139 @@
+"""Models, runs and adapters, as the commands that use a trained model find and load them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llmtrain.errors import InputError
+from llmtrain.models.saved import load_saved, locate
+from tests import tiny
+from tests.saved import ADAPTERS, write_adapter, write_model
+
+IDS = torch.arange(3, 33).view(2, 15)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("saved") / "base")
+
+
+@torch.no_grad()
+def plain_logits(base: Path, adapter: Path) -> Tensor:
+    """What peft itself computes."""
+    model = peft.PeftModelForCausalLM.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    logits: Tensor = model(input_ids=IDS).logits
+    return logits[:, -IDS.shape[1] :]
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_computes_what_peft_does(base: Path, tmp_path: Path, kind: str) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base, kind)
+    saved = load_saved(str(adapter))
+    assert saved.location.base == str(base)
+    torch.testing.assert_close(saved.logits(IDS), plain_logits(base, adapter), rtol=1e-5, atol=1e-5)
+    assert (saved.logits(IDS) - load_saved(str(base)).logits(IDS)).abs().max() > 0.01
+    assert saved.window == (64 if saved.virtual is None else 59)
+
+
+def test_a_run_means_its_final_model(base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    shutil.copytree(base, run / "final")
+    (run / "recipe.resolved.yaml").write_text("name: mine\n")
+    assert locate(str(run)).path == str(run / "final")
+    assert locate(str(run)).run == run
+    assert locate(str(run / "final")).run == run
+    assert locate(str(base)).run is None
+
+
+def test_dtypes(base: Path) -> None:
+    assert load_saved(str(base)).decoder.dtype == torch.float32
+    assert load_saved(str(base), dtype="bfloat16").decoder.dtype == torch.bfloat16
+
+
+def test_the_base_of_an_adapter_that_was_moved(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base, "lora")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+
+    def named(name: object) -> None:
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+
+    named("models/base")
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="its base model is not there: models/base\n.*--base") as error:
+        load_saved("adapter")
+    assert "adapter_config.json" in str(error.value)
+    assert load_saved("adapter", base=str(base)).location.base == str(base)
+    shutil.copytree(base, "models/base")
+    assert load_saved("adapter").location.base == "models/base"  # relative to where the command is given
+    shutil.move("models", adapter / "models")
+    assert load_saved("adapter").location.base == "adapter/models/base"  # or beside the adapter
+    named(None)
+    with pytest.raises(InputError, match="does not say which model it was made for"):
+        load_saved("adapter")
+
+
+def test_new_tokens_of_an_adapter(base: Path, tmp_path: Path) -> None:
+    """The base has no rows for them; the adapter holds them, trained."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(tiny.VOCABULARY + 3)
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    tiny.tokenizer(tiny.VOCABULARY + 3).save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[3, tiny.VOCABULARY + 2, 5]])
+    with torch.no_grad():
+        torch.testing.assert_close(load_saved(str(tmp_path / "adapter")).logits(ids), adapted(input_ids=ids).logits)
+
+
+def test_adapters_on_top_of_adapters(base: Path, tmp_path: Path) -> None:
+    """Those below lie in base-0, base-1, ... of the adapter's directory, and are merged in this order."""
+    below = write_adapter(tmp_path / "below", base, "lora")
+    merged = peft.PeftModelForCausalLM.from_pretrained(AutoModelForCausalLM.from_pretrained(base), below)
+    merged.merge_and_unload().save_pretrained(tmp_path / "merged")
+    top = write_adapter(tmp_path / "top", base, "ia3")
+    shutil.copytree(below, top / "base-0")
+    expected = plain_logits(tmp_path / "merged", top)
+    torch.testing.assert_close(load_saved(str(top)).logits(IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_wrong_with_an_adapter(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base, "lora")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    first = min(tensors)
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != first}, adapter / "adapter_model.safetensors"
+    )
+    with pytest.raises(InputError, match=f"1 of the adapter's weights are not there: {first}"):
+        load_saved(str(adapter))
+    save_file(tensors | {first: torch.zeros(2, 2)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="the adapter does not fit on"):
+        load_saved(str(adapter))
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(InputError, match="no such file: adapter_model.safetensors.*\n.*pickled weights are not read"):
+        load_saved(str(adapter))
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"adapter_config.json: cannot be read as peft's configuration"):
+        load_saved(str(adapter))
+
+
+def test_what_is_no_model(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no model"):
+        load_saved(str(tmp_path))
+    with pytest.raises(InputError, match="no such directory"):
+        load_saved(str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="--base: .*is a whole model"):
+        load_saved(str(base), base=str(base))
+    (tmp_path / "recipe.resolved.yaml").touch()
+    with pytest.raises(InputError, match="is not finished"):
+        load_saved(str(tmp_path))
