@@ -191,16 +191,12 @@ def tokenizer_train(
             where=loaded.where("tokenizer.kind"),
             remedy="use tokenizer.kind=sentencepiece tokenizer.vocab_size=32000",
         )
-    if os.path.exists(output) and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} is not an empty directory", where="--output", remedy="name a new directory")
-    try:
-        output.mkdir(parents=True, exist_ok=True)  # before the minutes of training
-    except OSError as error:
-        raise InputError(f"{output} cannot be made: {error.strerror}", where="--output") from None
     from llmtrain.data import build
+    from llmtrain.directories import new_directory
 
-    cache = build.cache_directory(loaded.recipe.data.cache_dir)
-    build.prepare_tokenizer(loaded.recipe, cache).save_pretrained(output)
+    with new_directory(output) as aside:  # tried before the minutes of training
+        cache = build.cache_directory(loaded.recipe.data.cache_dir)
+        build.prepare_tokenizer(loaded.recipe, cache).save_pretrained(aside)
     typer.echo(f"tokenizer saved in {output}")
 
 
@@ -235,7 +231,7 @@ def recipes_list() -> None:
     for name in recipe_names():
         recipe = load_recipe(name).recipe
         rows.append((name, recipe.description, _architecture(recipe), recipe.algorithm.kind))
-    _print_table(("name", "description", "architecture", "algorithm"), rows)
+    _print_recipes(("name", "description", "architecture", "algorithm"), rows)
 
 
 def _architecture(recipe: Recipe) -> str:
@@ -244,26 +240,15 @@ def _architecture(recipe: Recipe) -> str:
     return recipe.model.file if isinstance(recipe.model, ModelFromGGUF) else recipe.model.path
 
 
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table as wide as the terminal allows; in a pipe one line a row, with tabs between the columns."""
-    if not sys.stdout.isatty():
-        for row in [header, *rows]:
-            typer.echo("\t".join(row))
-        return
-    if shutil.get_terminal_size().columns < 90:  # too narrow for columns side by side
+def _print_recipes(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    if sys.stdout.isatty() and shutil.get_terminal_size().columns < 90:  # too narrow for columns side by side
         for name, description, *rest in rows:
             typer.secho(name, bold=True)
             typer.echo(f"  {description}\n  {', '.join(rest)}")
         return
-    from rich.console import Console
-    from rich.table import Table
+    from llmtrain.tables import print_table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in header:
-        table.add_column(column, no_wrap=column == "name", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)
+    print_table(header, rows)
 
 
 @recipes_app.command("show", epilog="Example: llmtrain recipes show quickstart --resolved")

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from llmtrain.errors import InputError, TrainingError
 
 
@@ -19,8 +21,13 @@ def check_new(output: Path, where: str = "--output") -> None:
 
 
 @contextmanager
-def new_directory(output: Path, where: str = "--output") -> Iterator[Path]:
+def new_directory(
+    output: Path, where: str = "--output", remedy: str = "make room, or name another directory"
+) -> Iterator[Path]:
     """A directory to write into; it becomes `output` if nothing was raised, and is removed otherwise.
+
+    Args:
+        remedy: where it cannot be written.
 
     Raises:
         InputError: `output` is not empty, or cannot be made.
@@ -39,15 +46,26 @@ def new_directory(output: Path, where: str = "--output") -> Iterator[Path]:
     try:
         yield aside
         _give_usual_modes(aside)
+        for path in [*aside.rglob("*"), aside]:
+            fsync_path(path)
         if output.exists():
             output.rmdir()
         aside.rename(output)
-    except OSError as error:
-        raise TrainingError(
-            f"{output} could not be written: {error.strerror or error}\n  remedy: make room, or name another directory"
-        ) from error
+        fsync_path(output.parent)
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise TrainingError(f"{output} could not be written: {reason}\n  remedy: {remedy}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def fsync_path(path: Path) -> None:
+    """Makes a file's content, or the names in a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _give_usual_modes(directory: Path) -> None:

@@ -11,15 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmtrain import distributed, engines
-from llmtrain.algorithms.causal_lm import CausalLM
-from llmtrain.algorithms.sft import SFT
-from llmtrain.algorithms.texts import HeldOut, TextSamples
+from llmtrain.algorithms import causal_lm, sft
+from llmtrain.algorithms.texts import HeldOut, Supervised, TextSamples
 from llmtrain.checkpoint.generators import seed_generators
 from llmtrain.checkpoint.state import restore_state
 from llmtrain.checkpoint.store import CheckpointStore
 from llmtrain.contracts import POLICY, Algorithm, Engine
 from llmtrain.data.build import Datasets, cache_directory, prepare_data, prepare_tokenizer
-from llmtrain.data.chat import ExampleEncoder
 from llmtrain.data.loader import Loader, evaluation_batches
 from llmtrain.distributed import World
 from llmtrain.ending import run_to_its_end, watched
@@ -34,12 +32,11 @@ from llmtrain.observe.flops import device_peak_flops, training_flops_per_token
 from llmtrain.observe.logs import setup_logging
 from llmtrain.observe.observer import Observer
 from llmtrain.observe.watchdog import Watchdog
-from llmtrain.recipe import schema
 from llmtrain.recipe.batch import BatchPlan, plan_batch
 from llmtrain.recipe.layout import check_layout
 from llmtrain.recipe.loading import LoadedRecipe
 from llmtrain.recipe.resolved import flattened, identity_differences
-from llmtrain.recipe.schema import GroupOptions, Recipe
+from llmtrain.recipe.schema import SFT, GroupOptions, Recipe
 from llmtrain.rundir import RunDirectory, claim
 from llmtrain.schedule import check_steps
 
@@ -133,7 +130,8 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
         log.warning("stopped after step %d of %d; the same command goes on from there", loop.progress.step, num_steps)
         return EXIT_PREEMPTED
     with phases("save"):
-        _export(decoder, engine, adapter, _answering(tokenizer, recipe), directory, world)
+        tokenizer.chat_template = datasets.documents.chat_template
+        _export(decoder, engine, adapter, tokenizer, directory, world)
     log.info("done: %d steps; the model is in %s", loop.progress.step, directory.final)
     return EXIT_DONE
 
@@ -229,14 +227,9 @@ def _build_algorithm(
     )
     held_out = HeldOut(batches, tokenizer)
     max_length = decoder.max_length(default=recipe.sequence_length)
-    match recipe.algorithm:
-        case schema.CausalLM():
-            samples = TextSamples(recipe.samples, tokenizer, max_length, recipe.seed)
-            return CausalLM(loader, held_out, samples, datasets.fingerprint)
-        case schema.SFT():
-            encode = ExampleEncoder(tokenizer, recipe.data).prompt_ids
-            samples = TextSamples(recipe.samples, tokenizer, max_length, recipe.seed, encode)
-            return SFT(recipe.algorithm.loss, loader, held_out, samples, datasets.fingerprint)
+    samples = TextSamples(recipe.samples, tokenizer, max_length, recipe.seed, datasets.documents.prompt_ids)
+    loss = sft.LOSSES[recipe.algorithm.loss] if isinstance(recipe.algorithm, SFT) else causal_lm.nll
+    return Supervised(loss, loader, held_out, samples, datasets.fingerprint)
 
 
 def _describe(recipe: Recipe, batch: BatchPlan, datasets: Datasets, num_steps: int, peak: str) -> None:
@@ -253,13 +246,6 @@ def _describe(recipe: Recipe, batch: BatchPlan, datasets: Datasets, num_steps: i
         num_steps * batch.sequences / rows,
         peak,
     )
-
-
-def _answering(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer to save beside the model: with the chat template that it was trained on."""
-    if isinstance(recipe.algorithm, schema.SFT):
-        tokenizer.chat_template = ExampleEncoder(tokenizer, recipe.data).inference_template
-    return tokenizer
 
 
 def _export(

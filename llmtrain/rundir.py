@@ -12,7 +12,6 @@ runs/<name>/
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
-from llmtrain.checkpoint.files import fsync_path, written_aside
+from llmtrain.checkpoint.files import written_aside
+from llmtrain.directories import new_directory
 from llmtrain.distributed import World, broadcast_object, gather_objects
-from llmtrain.errors import InputError, TrainingError
+from llmtrain.errors import InputError
 from llmtrain.recipe.loading import load_recipe
 from llmtrain.recipe.resolved import RESOLVED, environment, identity, identity_differences, resolved_dump
 from llmtrain.recipe.schema import Recipe
@@ -74,24 +73,9 @@ class RunDirectory:
     @contextmanager
     def writing_final(self) -> Iterator[Path]:
         """A directory for rank 0 to write the model into; it becomes final/ if nothing was raised."""
-        aside = self.path / ".writing-final"
-        if aside.exists():
-            shutil.rmtree(aside)
-        aside.mkdir()
-        try:
+        again = "make room, and run the same command again; it goes on from the last checkpoint"
+        with new_directory(self.final, where=str(self.path), remedy=again) as aside:
             yield aside
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise TrainingError(
-                f"the model could not be written into {self.final}: {error}\n"
-                "  remedy: make room, and run the same command again; it goes on from the last checkpoint"
-            ) from error
-        for path in [*aside.rglob("*"), aside]:
-            fsync_path(path)
-        if self.final.exists():
-            shutil.rmtree(self.final)
-        aside.rename(self.final)
-        fsync_path(self.path)
 
     def begin(self, recipe: Recipe, resume_step: int) -> None:
         """Makes the directory that of `recipe`, and appends this start to starts.jsonl (rank 0).

@@ -1,7 +1,9 @@
-"""What the algorithms of text have in common: held-out figures, and samples to look at."""
+"""What the algorithms of text have in common: batches from the data, held-out figures, samples to look at."""
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,12 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llmtrain import distributed
-from llmtrain.contracts import POLICY, MicroBatch, Sample
-from llmtrain.data.tokenizer import document_frame, token_byte_lengths
+from llmtrain.contracts import POLICY, LossOutput, MicroBatch, Sample
+from llmtrain.data.loader import Loader
+from llmtrain.data.tokenizer import token_byte_lengths
 from llmtrain.errors import InputError
 from llmtrain.models.loss_head import IGNORE_INDEX, linear_cross_entropy
 from llmtrain.recipe.schema import Samples
 from llmtrain.sampling.autoregressive import continue_prompts
+
+Loss = Callable[[nn.Module, MicroBatch], LossOutput]
 
 
 def nll_sum(model: nn.Module, micro: MicroBatch) -> Tensor:
@@ -32,6 +37,55 @@ def counted(hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
     """Hidden states [N, D] and targets [N] of the N positions that count: the head computes no others."""
     where = micro.tensors["counted"]
     return hidden.flatten(0, 1).index_select(0, where), micro.tensors["targets"].flatten().index_select(0, where)
+
+
+class Supervised:
+    """Training on the data's rows: an `Algorithm` whose loss is given.
+
+    Args:
+        loss: sums over one micro-batch; see `Algorithm.loss`.
+        loader: gives this rank's micro-batches of any step.
+        held_out: rows to measure on.
+        samples: texts to look at.
+        data_fingerprint: hashes of the training and held-out rows, by key of the recipe; a resumed run must
+            find the same, or neither its batches nor its figures would go on from what they were.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        loader: Loader,
+        held_out: "HeldOut",
+        samples: "TextSamples",
+        data_fingerprint: Mapping[str, str],
+    ):
+        self._loss, self._loader, self._held_out, self._samples = loss, loader, held_out, samples
+        self._data_fingerprint = data_fingerprint
+
+    def step_batches(self, first_step: int) -> Iterator[list[MicroBatch]]:
+        for step in itertools.count(first_step):
+            yield self._loader.micro_batches(step)
+
+    def loss(self, models: Mapping[str, nn.Module], micro: MicroBatch) -> LossOutput:
+        return self._loss(models[POLICY], micro)
+
+    def evaluate(self, models: Mapping[str, nn.Module], device: torch.device) -> dict[str, float]:
+        return self._held_out.figures(models[POLICY], device)
+
+    def samples(self, models: Mapping[str, nn.Module], device: torch.device) -> list[Sample]:
+        return self._samples.drawn(models[POLICY], device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"data": dict(self._data_fingerprint)}  # batches depend on (seed, step) and the rows only
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for key, print_of_data in self._data_fingerprint.items():
+            if state["data"].get(key) != print_of_data:
+                raise InputError(
+                    "the text, the tokenizer or how rows are made of them changed since the checkpoint was saved",
+                    where=key,
+                    remedy="bring the former files back, or start a new run with another name=...",
+                )
 
 
 class HeldOut:
@@ -78,7 +132,7 @@ class TextSamples:
         tokenizer: of the model.
         max_length: tokens the model was made for.
         seed: of the sampling.
-        encode: ids of a prompt; default: the plain text as the beginning of a document.
+        encode: ids of a prompt.
     """
 
     def __init__(
@@ -87,15 +141,11 @@ class TextSamples:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         seed: int,
-        encode: Callable[[str], list[int]] | None = None,
+        encode: Callable[[str], list[int]],
     ):
         self._settings, self._tokenizer, self._seed, self._max_length = settings, tokenizer, seed, max_length
         prompts = [] if settings is None else settings.prompts
-        self._prompts = [self._checked(text, (encode or self._as_document)(text)) for text in prompts]
-
-    def _as_document(self, prompt: str) -> list[int]:
-        before, _ = document_frame(self._tokenizer)
-        return [*before, *self._tokenizer.encode(prompt, add_special_tokens=False)]
+        self._prompts = [self._checked(text, encode(text)) for text in prompts]
 
     def _checked(self, prompt: str, ids: list[int]) -> list[int]:
         if not 0 < len(ids) < self._max_length:
@@ -125,14 +175,3 @@ class TextSamples:
             Sample(prompt, tokenizer.decode(completion, skip_special_tokens=True))
             for prompt, completion in zip(self._settings.prompts, completions, strict=True)
         ]
-
-
-def refuse_other_data(now: Mapping[str, str], saved: Mapping[str, str]) -> None:
-    """Raises InputError where a checkpoint's batches came from other data, by key of the recipe."""
-    for key, print_of_data in now.items():
-        if saved.get(key) != print_of_data:
-            raise InputError(
-                "the text, the tokenizer or how rows are made of them changed since the checkpoint was saved",
-                where=key,
-                remedy="bring the former files back, or start a new run with another name=...",
-            )

@@ -1,17 +1,16 @@
 """`llmtrain checkpoint list` and `verify`: what a run has saved, and whether it is whole."""
 
 import os
-import sys
 from pathlib import Path
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from llmtrain.checkpoint.files import problem_with, readable_bytes
 from llmtrain.checkpoint.manifest import Manifest, checkpoints_in, layout_problem, leftovers_in, read_manifest
 from llmtrain.errors import InputError
+from llmtrain.tables import print_table
 
 _HEADER = ("step", "saved", "size", "ranks", "engine", "held-out figures")
 
@@ -47,7 +46,7 @@ def show(path: Path) -> int:
             broken.append(f"{checkpoint}: {problem}")
             continue
         rows.append(_row(manifest))
-    _print(rows)
+    print_table(_HEADER, rows, right=("step", "size", "ranks"))
     for leftover in leftovers_in(checkpoint.parent):
         broken.append(f"{leftover}: what an interrupted save or removal left; the next save removes it")
     for line in broken:
@@ -86,16 +85,3 @@ def _row(manifest: Manifest) -> tuple[str, ...]:
     size = readable_bytes(sum(record.bytes for record in manifest.files.values()))
     figures = ", ".join(f"{name} {value:.4g}" for name, value in manifest.metrics.items())
     return str(manifest.step), manifest.time, size, str(manifest.world_size), manifest.engine, figures
-
-
-def _print(rows: list[tuple[str, ...]]) -> None:
-    if not sys.stdout.isatty():  # for programs: a line a row, tabs between the columns
-        for row in [_HEADER, *rows]:
-            typer.echo("\t".join(row))
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in _HEADER:
-        table.add_column(column, justify="right" if column in ("step", "size", "ranks") else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 import llmtrain
 from llmtrain.checkpoint.command import found
-from llmtrain.checkpoint.files import DTYPE_NAMES, fsync_path, problem_with, write_bytes, write_tensors
+from llmtrain.checkpoint.files import DTYPE_NAMES, problem_with, write_bytes, write_tensors
 from llmtrain.checkpoint.flat import TensorRecord
 from llmtrain.checkpoint.manifest import (
     FORMAT,
@@ -51,6 +51,7 @@ from llmtrain.checkpoint.manifest import (
 from llmtrain.checkpoint.match import of_one_rank
 from llmtrain.checkpoint.storage import state_file
 from llmtrain.contracts import POLICY
+from llmtrain.directories import fsync_path
 from llmtrain.errors import InputError
 from llmtrain.models.decoder import Decoder
 from llmtrain.recipe.resolved import RESOLVED

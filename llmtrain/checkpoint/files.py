@@ -18,6 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from llmtrain.directories import fsync_path
+
 _CHUNK_BYTES = 1 << 24  # hashed and written at a time, at once: 16 MB measured as good as any larger
 
 # https://github.com/huggingface/safetensors, "Format": 8 bytes of header length, JSON header, data.
@@ -51,15 +53,6 @@ class FileRecord(BaseModel):
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
-
-
-def fsync_path(path: Path) -> None:
-    """Makes a file's content, or the names in a directory, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -36,7 +36,6 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 import llmtrain
 from llmtrain.checkpoint.files import (
     FileRecord,
-    fsync_path,
     problem_with,
     readable_bytes,
     write_bytes,
@@ -60,6 +59,7 @@ from llmtrain.checkpoint.retention import best_of, remove, remove_old
 from llmtrain.checkpoint.staging import HostCopies
 from llmtrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from llmtrain.contracts import Shard
+from llmtrain.directories import fsync_path
 from llmtrain.distributed import World, broadcast_object, cpu_group, gather_objects, sum_scalars
 from llmtrain.errors import InputError, TrainingError, nearest
 from llmtrain.recipe.schema import Checkpoint

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtrain.data.built import build_once
 from llmtrain.data.cache import is_held_out
+from llmtrain.data.documents import Documents
 from llmtrain.data.files import why_missing
 from llmtrain.data.fingerprint import fingerprint
 from llmtrain.data.grouping import LengthGroupedOrder
@@ -23,7 +24,7 @@ from llmtrain.data.hashing import hash_settings
 from llmtrain.data.order import MixtureOrder, Order, ShuffledOrder, tempered
 from llmtrain.data.packing import Rows
 from llmtrain.data.prepared import Prepared, check_trained, held_out_fraction, prepare_sources, report
-from llmtrain.data.progress import ByteProgress
+from llmtrain.data.progress import byte_progress
 from llmtrain.data.sources import describe, num_bytes, read_documents
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.data.tokenizer_training import train_sentencepiece
@@ -48,6 +49,7 @@ class Datasets:
     """The rows of a recipe.
 
     Attributes:
+        documents: what read and encoded the text; it also encodes prompts, and has the chat template to save.
         train: rows of each training source.
         validation: held-out rows; empty where validation_fraction is 0 and no source is given.
         weights: shares of the training sources, or None to see every row once an epoch.
@@ -57,6 +59,7 @@ class Datasets:
         grouped_sequences: the global batch, in which rows have about the same length; None where they need not.
     """
 
+    documents: Documents[Any]
     train: list[Rows]
     validation: list[Rows]
     weights: list[float] | None
@@ -153,7 +156,7 @@ def train_tokenizer(spec: SentencePieceTokenizer, data: Data, cache_dir: Path) -
     def documents() -> Iterator[str]:
         sizes = [num_bytes(source) for source in data.train]
         total = None if None in sizes else sum(size for size in sizes if size is not None)
-        with ByteProgress("reading text for the tokenizer", total) as progress:
+        with byte_progress("reading text for the tokenizer", total) as progress:
             for source in data.train:
                 for text in read_documents(source):
                     progress.advance(len(text.encode("utf-8")))
@@ -186,6 +189,7 @@ def datasets_of(prepared: Prepared, recipe: Recipe) -> Datasets:
     """The rows without what became of the documents."""
     train = [half.rows for half in prepared.train]
     return Datasets(
+        documents=prepared.documents,
         train=train,
         validation=[half.rows for half in prepared.validation],
         weights=_weights(recipe.data, [len(rows) for rows in train]),

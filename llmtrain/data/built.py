@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from llmtrain.data.hashing import hash_file, hash_settings
+from llmtrain.directories import fsync_path
 from llmtrain.errors import InputError, TrainingError
 
 log = logging.getLogger(__name__)
@@ -117,11 +118,11 @@ def _build(path: Path, what: str, build: Build) -> dict[str, Any]:
         content = {"about": about, "files": entries}
         manifest.write_text(json.dumps({**content, OWN_HASH: hash_settings(content)}, indent=1))
         for file in [*files, manifest, aside]:
-            _sync(file)
+            fsync_path(file)
         if path.exists():  # it is not whole, or nobody would build
             shutil.rmtree(path)
         os.rename(aside, path)
-        _sync(path.parent)
+        fsync_path(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TrainingError(f"no space left for the {what} in {path.parent}") from error
@@ -129,14 +130,6 @@ def _build(path: Path, what: str, build: Build) -> dict[str, Any]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)  # gone already unless the build failed
     return about
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _lock_of(path: Path) -> FileLock:

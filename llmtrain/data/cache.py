@@ -29,7 +29,7 @@ from llmtrain.data.documents import Documents
 from llmtrain.data.duplicates import Duplicates
 from llmtrain.data.fingerprint import fingerprint
 from llmtrain.data.hashing import hash_settings, uniform
-from llmtrain.data.progress import ByteProgress
+from llmtrain.data.progress import byte_progress
 from llmtrain.data.sources import describe, num_bytes
 from llmtrain.errors import InputError
 from llmtrain.recipe.schema import HuggingFaceSource, ParquetSource, Source
@@ -207,7 +207,7 @@ def _write(
 
         halves = {half: writer(half) for half in (TRAIN, VALIDATION)}
         total = _num_bytes(source, documents.masked)
-        progress = stack.enter_context(ByteProgress(f"tokenising {describe(source)}", total))
+        progress = stack.enter_context(byte_progress(f"tokenising {describe(source)}", total))
         for batch in _batches(documents, source):
             _append(documents, batch, duplicates, validation_fraction, halves, left_out)
             progress.advance(sum(len(entry.content.encode("utf-8")) for entry in batch))

@@ -31,7 +31,7 @@ from llmtrain.data.chat_template_files import CHOICES, NAMES, load_template, nam
 from llmtrain.data.examples import Conversation, Example, Preference, PromptCompletion, PromptOnly, Text
 from llmtrain.data.formats import USUAL_NAMES
 from llmtrain.data.hashing import hash_settings
-from llmtrain.data.tokenizer import document_frame, hash_tokenizer
+from llmtrain.data.tokenizer import document_frame, hash_tokenizer, prompt_ids
 from llmtrain.errors import InputError
 from llmtrain.recipe.schema import Data
 
@@ -127,7 +127,7 @@ class ExampleEncoder:
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of a question up to where its answer begins; without a chat template, of a text that goes on."""
         if self._renderer is None:
-            return [*self._before, *self._tokenizer.encode(prompt, add_special_tokens=False)]
+            return prompt_ids(self._tokenizer, prompt)
         text = self._renderer.render([{"role": "user", "content": prompt}], answer=True).text
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids

@@ -27,7 +27,7 @@ PRIVATE_USE = re.compile("[\U000f0000-\U000ffffd]")
 Tools = list[dict[str, Any]] | None
 
 _TURN: list[Message] = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
-_CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"probe": 1}}}
+_CALL: Message = {"type": "function", "function": {"name": "look_up", "arguments": {"probe": 1}}}
 _TOOLS: Tools = [{"type": "function", "function": {"name": "look_up", "description": "", "parameters": {}}}]
 _CALLING: list[Message] = [_TURN[0], {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
 _THOUGHT = "a thought"
@@ -226,7 +226,7 @@ class ChatRenderer:
     def _form_of_arguments(self) -> Literal["object", "string", "any"]:
         """How the arguments of calls are wanted: some templates encode them as JSON, some add them as text."""
         as_object = self._try(_CALLED, _TOOLS)
-        function = {**_CALL["function"], "arguments": json.dumps({"probe": 1})}  # type: ignore[dict-item]
+        function = {**_CALL["function"], "arguments": json.dumps({"probe": 1})}
         as_text: list[Message] = [dict(message) for message in _CALLED]
         as_text[1]["tool_calls"] = [{**_CALL, "function": function}]
         as_string = self._try(as_text, _TOOLS)

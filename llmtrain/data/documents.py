@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from llmtrain.data.chat import ExampleEncoder, Tokens
 from llmtrain.data.formats import Example, read_examples
 from llmtrain.data.sources import read_documents
-from llmtrain.data.tokenizer import document_frame, encode_documents, hash_tokenizer, num_ids
+from llmtrain.data.tokenizer import document_frame, encode_documents, hash_tokenizer, num_ids, prompt_ids
 from llmtrain.recipe.schema import Data, Recipe, Source
 
 T = TypeVar("T")
@@ -21,11 +21,13 @@ class Documents(Protocol[T]):
         fingerprint: changes with all that decides the ids and masks of a document.
         num_ids: one more than the largest id.
         masked: whether some tokens are not trained; otherwise all are, and `Tokens.trained` is empty.
+        chat_template: the one to save beside the model.
     """
 
     fingerprint: str
     num_ids: int
     masked: bool
+    chat_template: Any
 
     def read(self, source: Source) -> Iterator[T]:
         """The documents in a fixed order."""
@@ -39,6 +41,10 @@ class Documents(Protocol[T]):
         """Whole framed documents; no ids where nothing of one is left."""
         ...
 
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """What the model is asked, up to where it goes on."""
+        ...
+
 
 class Texts:
     """Texts of which every token is trained (pretraining)."""
@@ -49,6 +55,7 @@ class Texts:
         self._tokenizer = tokenizer
         self._before, self._after = document_frame(tokenizer)
         self.fingerprint, self.num_ids = hash_tokenizer(tokenizer), num_ids(tokenizer)
+        self.chat_template = tokenizer.chat_template
 
     def read(self, source: Source) -> Iterator[str]:
         return read_documents(source)
@@ -63,6 +70,9 @@ class Texts:
             for ids in encode_documents(self._tokenizer, documents)
         ]
 
+    def prompt_ids(self, prompt: str) -> list[int]:
+        return prompt_ids(self._tokenizer, prompt)
+
 
 class Examples:
     """Examples of which some tokens are trained (fine-tuning)."""
@@ -72,6 +82,7 @@ class Examples:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data):
         self._encoder = ExampleEncoder(tokenizer, data)
         self.fingerprint, self.num_ids = self._encoder.fingerprint, num_ids(tokenizer)
+        self.chat_template = self._encoder.inference_template
 
     def read(self, source: Source) -> Iterator[Example]:
         return read_examples(source)
@@ -81,6 +92,9 @@ class Examples:
 
     def encode(self, documents: Sequence[Example]) -> list[Tokens]:
         return self._encoder.encode(documents)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        return self._encoder.prompt_ids(prompt)
 
 
 def documents_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Documents[Any]:

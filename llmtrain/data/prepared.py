@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from llmtrain.data.cache import TRAIN, VALIDATION, Halves, TokenCorpus, tokenised
-from llmtrain.data.documents import documents_of
+from llmtrain.data.documents import Documents, documents_of
 from llmtrain.data.formats import read_examples
 from llmtrain.data.hashing import hash_settings
 from llmtrain.data.packing import PackedRows, PlannedRows, RowPlan, Rows
@@ -44,8 +45,9 @@ class SourceRows:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All sources of a recipe. `fingerprint`: see Datasets."""
+    """All sources of a recipe. `fingerprint`, `documents`: see Datasets."""
 
+    documents: Documents[Any]
     train: list[SourceRows]
     validation: list[SourceRows]
     fingerprint: dict[str, str]
@@ -53,10 +55,7 @@ class Prepared:
 
 def plan_settings(recipe: Recipe) -> PlanSettings:
     """How the recipe's documents become rows."""
-    overflow = recipe.data.overflow
-    if overflow == "auto":
-        overflow = "truncate" if recipe.algorithm.kind == "sft" else "split"
-    return PlanSettings(recipe.packing, overflow, recipe.sequence_length)
+    return PlanSettings(recipe.packing, recipe.overflow, recipe.sequence_length)
 
 
 def held_out_fraction(data: Data) -> float:
@@ -107,7 +106,7 @@ def prepare_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache_di
             for i, half in enumerate(halves)
             if half.validation.num_documents
         ]
-    return Prepared(train, validation, fingerprint)
+    return Prepared(documents, train, validation, fingerprint)
 
 
 def _check_training_half(data: Data, halves: list[Halves]) -> None:

@@ -42,7 +42,7 @@ def read_records(source: Source) -> Iterator[Record]:
                 if text and not text.isspace():
                     yield Record({"text": text}, f"{source.path}: document {number}")
         case JSONLSource():
-            for where, fields, may_be_half in places_and_objects(source, EXAMPLE_OBJECT):
+            for where, fields, may_be_half in places_and_objects(expand(source.paths, source.kind), EXAMPLE_OBJECT):
                 if may_be_half:
                     _check_strings(fields, "", where)
                 yield Record(fields, where)

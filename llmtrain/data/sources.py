@@ -6,7 +6,7 @@ order is that of the sorted files and of the documents in them.
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +96,17 @@ def _paragraphs(path: Path) -> Iterator[tuple[int, str]]:
     yield first, "".join(lines).rstrip("\r\n")
 
 
-def places_and_objects(source: JSONLSource, example: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
+def places_and_objects(paths: Iterable[Path], example: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
     """(file:line, the object, whether some string of it may hold half of a surrogate pair).
 
     Args:
-        source: of JSON Lines; blank lines are passed over.
+        paths: of JSON Lines; blank lines are passed over.
         example: an object as it should be, for messages.
 
     Raises:
         InputError: not UTF-8, not JSON, or no object.
     """
-    for path in expand(source.paths, source.kind):
+    for path in paths:
         for number, line in read_lines(path):
             if line.strip():  # a file that is a byte-order mark and no more has a line without an end
                 where = f"{path}:{number}"
@@ -129,7 +129,7 @@ def _object_of_line(line: str, where: str, example: str) -> dict[str, Any]:
 
 def _read_jsonl(source: JSONLSource) -> Iterator[str]:
     field = source.field
-    for where, record, may_be_half in places_and_objects(source, f'{{"{field}": "..."}}'):
+    for where, record, may_be_half in places_and_objects(expand(source.paths, source.kind), f'{{"{field}": "..."}}'):
         if field not in record:
             raise missing_field(field, list(record), where)
         text = record[field]

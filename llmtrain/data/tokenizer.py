@@ -92,6 +92,12 @@ def document_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     return ([bos] if isinstance(bos, int) and bos != eos else []), [eos]
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that is to go on: the beginning of a document."""
+    before, _ = document_frame(tokenizer)
+    return [*before, *tokenizer.encode(text, add_special_tokens=False)]
+
+
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows that an embedding needs for it: one more than the largest id, which may leave gaps below it."""
     largest: int = max(tokenizer.get_vocab().values())

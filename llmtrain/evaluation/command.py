@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +10,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import typer
-from rich.console import Console
-from rich.table import Table
 
 from llmtrain import __version__
 from llmtrain.errors import InputError, TrainingError
@@ -24,6 +19,7 @@ from llmtrain.evaluation.tasks import ExactMatch, LMEval, LoadedTask, Math, Perp
 from llmtrain.models.saved import Saved
 from llmtrain.recipe.problems import Problem, RecipeError
 from llmtrain.sampling.command import ModelChoice
+from llmtrain.tables import print_table
 
 _HEADER = ("task", "figure", "value", "stderr", "rows")
 
@@ -114,16 +110,7 @@ def _show(results: Sequence[_Result]) -> None:
     rows = [
         (result.loaded.name, name, *_numbers(figure)) for result in results for name, figure in result.figures.items()
     ]
-    if not sys.stdout.isatty():  # for programs: a line a figure, tabs between the columns
-        for row in [_HEADER, *rows]:
-            typer.echo("\t".join(row))
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in _HEADER:
-        table.add_column(column, justify="left" if column in ("task", "figure") else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)
+    print_table(_HEADER, rows, right=_HEADER[2:])
 
 
 def _numbers(figure: Figure) -> tuple[str, str, str]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from llmtrain.data.progress import row_progress
 from llmtrain.data.sources import read_documents
 from llmtrain.data.tokenizer import document_frame, encode_documents, token_byte_lengths
 from llmtrain.errors import InputError
@@ -24,7 +25,6 @@ from llmtrain.evaluation.figures import Figure, exponential, ratio
 from llmtrain.evaluation.tasks import LoadedTask, Perplexity
 from llmtrain.models.saved import Saved
 from llmtrain.recipe.schema import JSONLSource, ParquetSource, Source, TextSource
-from llmtrain.sampling.progress import RowProgress
 
 _LONGEST = 2048  # of the windows, where the task says nothing and the model takes more
 _MAX_LOGITS = 1 << 26  # numbers in the logits of a batch, which are whole here: 256 MB in float32
@@ -65,7 +65,7 @@ def measure(
     bytes_of = token_byte_lengths(saved.tokenizer)
     vocabulary = saved.decoder.get_output_embeddings().weight.shape[0]
     most = max(1, min(batch_tokens, _MAX_LOGITS // vocabulary))
-    with RowProgress(f"{loaded.name}: windows", len(windows)) as progress:
+    with row_progress(f"{loaded.name}: windows", len(windows)) as progress:
         while windows:
             batch = windows[: max(1, most // len(windows[0].ids))]
             windows = windows[len(batch) :]

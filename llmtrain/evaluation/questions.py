@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmtrain.data.progress import row_progress
+from llmtrain.data.records import Record
 from llmtrain.errors import InputError, nearest
 from llmtrain.evaluation.answers import equals, find, find_mathematics, mathematically_equals
 from llmtrain.evaluation.figures import Figure, mean
@@ -12,9 +14,8 @@ from llmtrain.evaluation.tasks import ExactMatch, LoadedTask, Math
 from llmtrain.evaluation.templates import fields_of, fill
 from llmtrain.models.saved import Saved
 from llmtrain.sampling.batched import Completion, Request, Sampling, TextGenerator
-from llmtrain.sampling.progress import RowProgress
 from llmtrain.sampling.prompts import check_chat_template, check_messages, encode_messages, encode_text, end_ids
-from llmtrain.sampling.rows import Row, read_rows
+from llmtrain.sampling.rows import read_rows
 
 Task = ExactMatch | Math
 
@@ -60,7 +61,7 @@ def _answers(
         for sample in range(task.samples)
     ]
     answers: dict[tuple[int, int], Completion] = {}
-    with RowProgress(f"{loaded.name}: answers", len(requests)) as progress:
+    with row_progress(f"{loaded.name}: answers", len(requests)) as progress:
 
         def take(number: int, completion: Completion) -> None:
             answers[requests[number].row, requests[number].sample] = completion
@@ -118,7 +119,9 @@ def _scorer(loaded: LoadedTask, task: Task, right: Sequence[str]) -> Callable[[s
         return mathematically_equals(right)
 
 
-def _check_lengths(saved: Saved, generator: TextGenerator, rows: Sequence[Row], questions: Sequence[_Question]) -> None:
+def _check_lengths(
+    saved: Saved, generator: TextGenerator, rows: Sequence[Record], questions: Sequence[_Question]
+) -> None:
     long = [index for index, question in enumerate(questions) if generator.room(len(question.ids)) <= 0]
     if long:
         raise InputError(
@@ -132,7 +135,7 @@ def _check_lengths(saved: Saved, generator: TextGenerator, rows: Sequence[Row], 
 # ----------------------------------------------------------------------------------- prompts
 
 
-def _examples(loaded: LoadedTask, task: Task) -> list[Row]:
+def _examples(loaded: LoadedTask, task: Task) -> list[Record]:
     if task.fewshot is None:
         return []
     with loaded.errors_located("fewshot.data"):
@@ -146,7 +149,7 @@ def _examples(loaded: LoadedTask, task: Task) -> list[Row]:
     return rows[: task.fewshot.num]
 
 
-def _question(loaded: LoadedTask, task: Task, saved: Saved, row: Row, examples: Sequence[Row]) -> _Question:
+def _question(loaded: LoadedTask, task: Task, saved: Saved, row: Record, examples: Sequence[Record]) -> _Question:
     right = _right_answers(loaded, task, row)
     examples = [example for example in examples if example.fields != row.fields]  # or it would be told its own answer
     if task.messages is None and not task.chat:
@@ -162,7 +165,7 @@ def _question(loaded: LoadedTask, task: Task, saved: Saved, row: Row, examples: 
     return _Question(encode_messages(saved.tokenizer, messages, row.where), messages, right)
 
 
-def _conversation(loaded: LoadedTask, task: Task, row: Row, *, answered: bool) -> list[Any]:
+def _conversation(loaded: LoadedTask, task: Task, row: Record, *, answered: bool) -> list[Any]:
     if task.messages is not None:
         messages = _field(loaded, row, task.messages, "messages")
         if not isinstance(messages, list) or not messages:
@@ -177,24 +180,24 @@ def _conversation(loaded: LoadedTask, task: Task, row: Row, *, answered: bool) -
     return [*asked, {"role": "assistant", "content": _target(loaded, task, row).strip()}] if answered else asked
 
 
-def _prompt(loaded: LoadedTask, task: Task, row: Row) -> str:
+def _prompt(loaded: LoadedTask, task: Task, row: Record) -> str:
     assert task.prompt is not None
     return _filled(loaded, row, task.prompt, "prompt")
 
 
-def _target(loaded: LoadedTask, task: Task, row: Row) -> str:
+def _target(loaded: LoadedTask, task: Task, row: Record) -> str:
     if task.target is not None:
         return _filled(loaded, row, task.target, "target")
     return f" {_right_answers(loaded, task, row)[0]}"
 
 
-def _filled(loaded: LoadedTask, row: Row, template: str, key: str) -> str:
+def _filled(loaded: LoadedTask, row: Record, template: str, key: str) -> str:
     for name in fields_of(template):
         _field(loaded, row, name, key)
     return fill(template, row.fields)
 
 
-def _right_answers(loaded: LoadedTask, task: Task, row: Row) -> list[str]:
+def _right_answers(loaded: LoadedTask, task: Task, row: Record) -> list[str]:
     given = _field(loaded, row, task.answer, "answer")
     answers = given if isinstance(given, list) else [given]
     if not answers or any(isinstance(a, bool) or not isinstance(a, str | int | float) for a in answers):
@@ -213,7 +216,7 @@ def _right_answers(loaded: LoadedTask, task: Task, row: Row) -> list[str]:
     return [answer for answer in found if answer is not None]
 
 
-def _field(loaded: LoadedTask, row: Row, name: str, key: str) -> Any:
+def _field(loaded: LoadedTask, row: Record, name: str, key: str) -> Any:
     if name not in row.fields:
         raise InputError(
             f"no field {name!r}; fields there: {', '.join(row.fields)}{nearest(name, row.fields)}",

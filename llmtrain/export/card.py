@@ -10,7 +10,8 @@ import yaml
 from llmtrain import __version__
 from llmtrain.data.sources import describe
 from llmtrain.errors import InputError
-from llmtrain.models.saved import BELOW, Location
+from llmtrain.models.saved import Location
+from llmtrain.models.weights import BELOW
 from llmtrain.observe.metrics import read_metrics
 from llmtrain.recipe.loading import load_recipe
 from llmtrain.recipe.resolved import RESOLVED

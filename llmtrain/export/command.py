@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import typer
 from rich.console import Console
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -20,7 +19,8 @@ from llmtrain.errors import InputError, TrainingError
 from llmtrain.export.card import card
 from llmtrain.models.hub import load_weights
 from llmtrain.models.merging import CAST_BOUND, difference, merge, probe, probe_rows
-from llmtrain.models.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BELOW, DTYPES, Location, Saved, load_located, locate
+from llmtrain.models.saved import DTYPES, Location, Saved, load_located, locate
+from llmtrain.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BELOW
 
 _SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB|TB|KiB|MiB|GiB|TiB)", re.IGNORECASE)
 
@@ -63,13 +63,10 @@ def export(model: str, output: Path, options: Options) -> None:
     check_new(output)
     merged = location.is_adapter and options.merge
     with Console(stderr=True).status(f"exporting {location.path}"), new_directory(output) as aside:
-        try:
-            if location.is_adapter and not merged:
-                dtype = _write_adapter(location, aside, options)
-            else:
-                dtype = _write_model(location, aside, options)
-        except SafetensorError as error:
-            raise TrainingError(f"{output} could not be written: {error}\n  remedy: make room") from error
+        if location.is_adapter and not merged:
+            dtype = _write_adapter(location, aside, options)
+        else:
+            dtype = _write_model(location, aside, options)
         text = card(location, output.absolute().name, dtype, options.command(model, output), merged=merged)
         (aside / "README.md").write_text(text, encoding="utf-8")
     typer.echo(f"{output}: {'merged, ' if merged else ''}{dtype}; what it is stands in its README.md")

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtrain.data.tokenizer import load_tokenizer, num_ids
 from llmtrain.errors import InputError
 from llmtrain.models.decoder import config_field
+from llmtrain.models.growth import with_new_rows
 from llmtrain.models.hub import TRANSFORMERS_ERRORS, load_weights
+from llmtrain.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BELOW, WeightFiles
 from llmtrain.recipe.resolved import RESOLVED
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BELOW = "base-"  # directories in an adapter's, numbered: adapters that it was trained on top of
 
 _NAMEABLE = "give a run directory, a model directory or an adapter directory"
 # Learnt keys and values in every layer; the other kinds of prompt learning are embeddings.
@@ -58,7 +58,7 @@ class Saved:
     """
 
     location: Location
-    model: torch.nn.Module
+    model: Any
     decoder: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     virtual: str | None = None
@@ -89,12 +89,13 @@ class Saved:
 
     def virtual_embeddings(self, rows: int) -> Tensor:
         """[rows, num_virtual, D]: what stands before the text where `virtual` is embeddings."""
-        prompt: Tensor = self.model.get_prompt(batch_size=rows)  # type: ignore[operator]
+        prompt: Tensor = self.model.get_prompt(batch_size=rows)
         return prompt.to(self.decoder.dtype)[:, : self.num_virtual]
 
     def virtual_cache(self, rows: int) -> Cache:
         """A fresh cache that begins with the learnt keys and values, where `virtual` is cache."""
-        return self.model.get_prompt(batch_size=rows)  # type: ignore[operator]
+        cache: Cache = self.model.get_prompt(batch_size=rows)
+        return cache
 
 
 def locate(model: str, base: str | None = None, where: str = "MODEL_OR_RUN") -> Location:
@@ -197,14 +198,33 @@ def load_located(location: Location, *, dtype: str = "auto", device: torch.devic
     tokenizer = load_tokenizer(location.path if has_tokenizer else location.base)
     decoder = load_weights(location.base, location.base, dtype=chosen)
     for below in sorted(Path(location.path).glob(f"{BELOW}*"), key=lambda path: int(path.name.removeprefix(BELOW))):
-        kept = decoder.dtype
-        decoder = _with_adapter(decoder.float(), tokenizer, below).merge_and_unload(safe_merge=True).to(kept)
+        decoder = merge_below(decoder, tokenizer, below)
     with_adapter = _with_adapter(decoder, tokenizer, Path(location.path)).to(device).eval()
     config = with_adapter.active_peft_config
     if config.is_prompt_learning:
         virtual = "cache" if config.peft_type in _PREFIXES else "embeddings"
         return Saved(location, with_adapter, decoder, tokenizer, virtual, int(config.num_virtual_tokens))
     return Saved(location, with_adapter, decoder, tokenizer)
+
+
+def merge_below(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> PreTrainedModel:
+    """The model with an adapter in its weights that another one stands on; computed in float32.
+
+    Raises:
+        InputError: it does not fit, or is of a kind that is in no weights.
+    """
+    dtype = decoder.dtype
+    adapted = _with_adapter(decoder.float(), tokenizer, directory)
+    kind = adapted.active_peft_config
+    if kind.is_prompt_learning:
+        raise InputError(
+            f"{kind.peft_type.value} is no part of the layers, so nothing can go on top of it", where=str(directory)
+        )
+    try:
+        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, AttributeError, ValueError, TypeError) as error:
+        raise InputError(f"{kind.peft_type.value} cannot be merged: {error}", where=str(directory)) from error
+    return merged.to(dtype)
 
 
 def _with_adapter(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Any:
@@ -237,7 +257,7 @@ def _with_adapter(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     return model
 
 
-def _shapes(file: Path) -> dict[str, list[int]]:
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     if not file.is_file():
         raise InputError(
             f"no such file: {file.name}",
@@ -245,22 +265,16 @@ def _shapes(file: Path) -> dict[str, list[int]]:
             remedy="save the adapter in safetensors (peft's default); pickled weights are not read",
         )
     try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no mapping
+        return WeightFiles([file]).shapes()
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot be read: {error}", where=str(file)) from None
 
 
 def _grow_embeddings(
-    decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shapes: dict[str, list[int]]
+    decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     """Gives the base the rows of tokens that were added for the adapter; it holds their values, or trained none."""
     rows = decoder.get_input_embeddings().weight.shape[0]
     saved = [shape[0] for name, shape in shapes.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
     wanted = max(saved, default=num_ids(tokenizer))
-    if wanted <= rows:
-        return
-    decoder.resize_token_embeddings(wanted, mean_resizing=False)  # which would draw them at random
-    with torch.no_grad():
-        for weight in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
-            weight[rows:] = weight[:rows].mean(0)
+    with_new_rows(decoder, range(rows, max(rows, wanted)))

@@ -16,6 +16,9 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from llmtrain.models.growth import fill_new_rows
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # in peft's layout
+BELOW = "base-"  # directories in an adapter's, numbered: adapters that it was trained on top of
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _BUILT_BY_THE_MODEL = re.compile(r"rotary_emb\.inv_freq$")  # saved by old versions of transformers
 
@@ -43,6 +46,9 @@ class WeightFiles:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, (shape, _) in self._meta.items()}
 
     def set_new_rows(self, names: Iterable[str], new: range) -> None:
         """From now on the tensors of these names have such rows, the mean of those before, whatever the files hold."""
@@ -108,7 +114,7 @@ def find_weights(path: str, revision: str | None) -> WeightFiles | None:
     None where there are none, or not whole: from_pretrained tells what is wrong with them.
     """
     try:
-        if _cached(path, "adapter_config.json", revision) is not None:
+        if _cached(path, ADAPTER_CONFIG, revision) is not None:
             return None  # the weights of its base model lie elsewhere
         if (single := _cached(path, SAFE_WEIGHTS_NAME, revision)) is not None:
             return WeightFiles([single])

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmtrain.data.files import open_binary
+from llmtrain.data.progress import WorkProgress, row_progress
+from llmtrain.data.records import Record
 from llmtrain.errors import InputError, TrainingError
 from llmtrain.models.saved import Saved
 from llmtrain.sampling.batched import Completion, Request, Sampling, TextGenerator
-from llmtrain.sampling.progress import RowProgress
 from llmtrain.sampling.prompts import check_chat_template, check_messages, encode_messages, encode_text
-from llmtrain.sampling.rows import Row, read_rows
+from llmtrain.sampling.rows import read_rows
 
 ADDED = ("completions", "prompt_tokens")  # fields that a row of the output has beside its own
 
@@ -44,7 +45,7 @@ def check_output(output: Path) -> None:
 
 
 def complete_file(
-    saved: Saved, input_file: Path, output: Path, rows: Sequence[Row], generator: TextGenerator, num: int, skip: bool
+    saved: Saved, input_file: Path, output: Path, rows: Sequence[Record], generator: TextGenerator, num: int, skip: bool
 ) -> Summary:
     """Answers each row `num` times; see the module.
 
@@ -73,7 +74,7 @@ def complete_file(
     with _disk_errors(output), partial.open("a", encoding="utf-8") as file:
         if file.tell() == 0:
             _append(file, header)
-        with RowProgress("generating", before + len(requests) // num, before) as progress:
+        with row_progress("generating", before + len(requests) // num, before) as progress:
             collect = _Collector(requests, num, done, file, progress)
             generator.generate(requests, collect)
             seconds = progress.seconds
@@ -87,7 +88,7 @@ class _Collector:
     """Appends a row when all of its samples are there."""
 
     def __init__(
-        self, requests: Sequence[Request], num: int, done: dict[int, list[Any]], file: IO[str], progress: RowProgress
+        self, requests: Sequence[Request], num: int, done: dict[int, list[Any]], file: IO[str], progress: WorkProgress
     ):
         self._requests, self._num, self._done, self._file, self._progress = requests, num, done, file, progress
         self._samples: dict[int, dict[int, Completion]] = {}
@@ -105,7 +106,7 @@ class _Collector:
             self._progress.advance()
 
 
-def _encode(saved: Saved, row: Row) -> list[int]:
+def _encode(saved: Saved, row: Record) -> list[int]:
     for name in ADDED:
         if name in row.fields:
             raise InputError(f"field {name!r} is what the output adds", where=row.where, remedy="rename the field")
@@ -127,7 +128,7 @@ def _fits(generator: TextGenerator, ids: Sequence[int]) -> bool:
     return generator.room(len(ids)) > 0
 
 
-def _too_long(saved: Saved, rows: Sequence[Row], prompts: Sequence[list[int]], fits: Sequence[bool]) -> InputError:
+def _too_long(saved: Saved, rows: Sequence[Record], prompts: Sequence[list[int]], fits: Sequence[bool]) -> InputError:
     first = fits.index(False)
     return InputError(
         f"{fits.count(False)} of {len(rows)} prompts do not fit the model's window of {saved.window} tokens; "
@@ -185,7 +186,7 @@ def _append(file: IO[str], entry: Mapping[str, Any]) -> None:
     file.flush()
 
 
-def _write(output: Path, rows: Sequence[Row], prompts: Sequence[list[int]], done: Mapping[int, list[Any]]) -> None:
+def _write(output: Path, rows: Sequence[Record], prompts: Sequence[list[int]], done: Mapping[int, list[Any]]) -> None:
     aside = output.with_name(f".writing-{output.name}")
     try:
         with aside.open("w", encoding="utf-8") as file:
@@ -210,6 +211,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
-def read_input(input_file: Path) -> list[Row]:
+def read_input(input_file: Path) -> list[Record]:
     """The rows of --input."""
     return read_rows(input_file, "--input")

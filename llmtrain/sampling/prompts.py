@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from llmtrain.data.tokenizer import document_frame
+from llmtrain.data.tokenizer import prompt_ids
 from llmtrain.errors import InputError
 from llmtrain.models.saved import Saved
 
@@ -33,8 +33,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> li
         InputError: it has no token at all.
     """
     check_is_text(text, where)
-    before, _ = document_frame(tokenizer)
-    ids: list[int] = [*before, *tokenizer.encode(text, add_special_tokens=False)]
+    ids = prompt_ids(tokenizer, text)
     if not ids:
         raise InputError(
             "an empty prompt, and the tokenizer has no beginning-of-text token",

@@ -12,10 +12,10 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -25,141 +25,38 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from llmtrain.contracts import Shard, mark_last
-from llmtrain.distributed import World, barrier, gather_objects, joined
+from llmtrain.contracts import Shard
+from llmtrain.distributed import World, gather_objects, joined
 from llmtrain.engines.fsdp import FSDPEngine, FSDPFrozen, shard
-from llmtrain.errors import InputError, TrainingError
+from llmtrain.errors import TrainingError
 from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.decoder import Decoder
-from llmtrain.models.hub import open_model
-from llmtrain.models.loss_head import IGNORE_INDEX, linear_cross_entropy
-from llmtrain.models.peft import Adapter
-from llmtrain.recipe.schema import Recipe
-from tests import adapters, tiny
-
-ADAMW = {"kind": "adamw", "lr": 1.0, "eps": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.1, "clip_norm": 0.5}
-ENGINE = {"kind": "fsdp", "timeout_seconds": 60}
-LR, ROWS, MICRO = 2e-3, 12, 3
-# 97 rows do not divide by the ranks, and of vectors of six numbers the last of four ranks has none.
-QWEN3 = tiny.LLAMA | {"vocab_size": 97, "head_dim": 6}
-CPU = torch.device("cpu")
-ADAPTERS = ("lora", "lora, dora", "lora, pissa", "lora, whole embeddings", "MISS", "prompt_tuning", "prefix_tuning")
-DIRECTORY: list[Path] = []  # of this process's results
-
-
-def recipe(*, architecture: str = "llama", fields: dict[str, Any] | None = None, **overrides: Any) -> Recipe:
-    engine = ENGINE | overrides.pop("engine", {})
-    shape = (tiny.LLAMA if fields is None else fields) | {"vocab_size": 97}
-    model = {"kind": "config", "architecture": architecture, "config": shape}
-    optimizer = ADAMW | overrides.pop("optimizer", {})
-    return tiny.recipe(model=model, engine=engine, optimizer=optimizer, **overrides)
-
-
-def blueprint(asked: Recipe) -> Blueprint:
-    return open_model(asked, tiny.tokenizer())
-
-
-def whole(asked: Recipe) -> Decoder:
-    made = blueprint(asked)
-    made.materialise(made.decoder, CPU)
-    return made.decoder
-
-
-def batches(seed: int = 3) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, targets), each [ROWS, T]; ragged: of some rows most targets do not count, of some none."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        ids = torch.randint(3, 96, (ROWS, 10), generator=generator)
-        targets = torch.randint(3, 96, (ROWS, 10), generator=generator)
-        counted = torch.rand(ROWS, 10, generator=generator) < torch.rand(ROWS, 1, generator=generator)
-        counted[1] = False
-        yield ids, targets.where(counted, IGNORE_INDEX)
-
-
-def loss_sum(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
-    def nll(hidden: Tensor, head: nn.Linear) -> Tensor:
-        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten())
-
-    loss: Tensor = model(ids, None, nll)
-    return loss
-
-
-def num_counted(targets: Tensor) -> int:
-    return int((targets != IGNORE_INDEX).sum())
-
-
-def step(engine: FSDPEngine, ids: Tensor, targets: Tensor, world: World, scale: float = 1.0) -> tuple[float, bool]:
-    """One optimizer step on this rank's rows, in MICRO micro-batches."""
-    own = [rows.chunk(MICRO) for rows in (ids[world.rank :: world.size], targets[world.rank :: world.size])]
-    for (some_ids, some_targets), last in mark_last(list(zip(*own, strict=True))):  # type: ignore[arg-type]
-        with engine.accumulate(last):
-            engine.backward(scale * loss_sum(engine.model, some_ids, some_targets) / num_counted(targets))
-    result = engine.step(LR)
-    return result.grad_norm, result.applied
-
-
-class Truth:
-    """The same steps by torch's own pieces, on the whole batch at once."""
-
-    def __init__(self, decoder: Decoder, clip_norm: float | None = 0.5):
-        self.model, self.clip_norm = decoder.train(), clip_norm
-        self.parameters = [p for p in decoder.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in self.parameters if min(p.shape) > 1 < p.ndim], "weight_decay": 0.1},
-            {"params": [p for p in self.parameters if not min(p.shape) > 1 < p.ndim], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=LR, betas=(0.9, 0.95), eps=1e-5, foreach=False
-        )
-
-    def step(self, ids: Tensor, targets: Tensor) -> float:
-        self.optimizer.zero_grad()
-        (loss_sum(self.model, ids, targets) / num_counted(targets)).backward()
-        largest = float("inf") if self.clip_norm is None else self.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, largest)
-        self.optimizer.step()
-        return norm.item()
-
-
-def assert_near(engine: FSDPEngine | FSDPFrozen, truth: nn.Module, relative: float = 1e-6) -> None:
-    expected = truth.state_dict()
-    given = {name: tensor.clone() for name, tensor in engine.full_parameters()}
-    assert given.keys() == expected.keys()
-    for name, tensor in given.items():
-        difference = (tensor - expected[name]).norm() / expected[name].norm().clamp_min(1e-3)
-        assert difference <= relative, f"{name}: {difference:.2e}"
-
-
-def compare(asked: Recipe, world: World, steps: int = 4, relative: float = 1e-6) -> FSDPEngine:
-    """Trains as asked and in one process, and returns the engine."""
-    engine, truth = FSDPEngine(blueprint(asked), asked, world), Truth(whole(asked), asked.optimizer.clip_norm)
-    assert_near(engine, truth.model, relative=0)  # they begin alike, bit for bit
-    for _, (ids, targets) in zip(range(steps), batches(), strict=False):
-        norm, applied = step(engine, ids, targets, world)
-        expected = truth.step(ids, targets)
-        assert applied
-        allowed = 1e-5 if relative <= 1e-5 else 3e-2
-        assert abs(norm - expected) <= allowed * expected, f"gradient norm {norm} and not {expected}"
-    assert_near(engine, truth.model, relative)
-    return engine
-
-
-def saved(engine: FSDPEngine) -> dict[str, Tensor]:
-    return {name: run.local.clone() for name, run in engine.state().items()}
-
-
-def assert_same_state(engine: FSDPEngine, expected: dict[str, Tensor]) -> None:
-    given = saved(engine)
-    assert given.keys() == expected.keys()
-    for name, tensor in given.items():
-        assert torch.equal(tensor, expected[name]), name
-
-
-@torch.no_grad()
-def logits(decoder: nn.Module, ids: Tensor) -> Tensor:
-    result: Tensor = decoder(ids, None, lambda hidden, head: head(hidden))
-    return result
-
+from tests import tiny
+from tests.distributed.fsdp_adapters import (
+    adapters_train_over_a_frozen_base,
+    frozen_weights_are_kept_as_they_are_computed_with,
+    layers_that_share_weights_are_refused,
+    learning_rates_of_groups,
+)
+from tests.distributed.fsdp_case import (
+    CPU,
+    DIRECTORY,
+    LR,
+    QWEN3,
+    Truth,
+    assert_near,
+    assert_same_state,
+    batches,
+    blueprint,
+    compare,
+    logits,
+    loss_sum,
+    num_counted,
+    recipe,
+    saved,
+    step,
+    whole,
+)
 
 # ------------------------------------------------------------------------------------ the checks
 
@@ -187,85 +84,6 @@ def other_precisions(world: World) -> None:
     for _, (ids, targets) in zip(range(2), batches(), strict=False):
         assert step(engine, ids, targets, world)[1]
     assert {tensor.dtype for name, tensor in engine.full_parameters()} == {torch.bfloat16}
-
-
-class Tuned(NamedTuple):
-    engine: FSDPEngine
-    adapter: Adapter
-    truth: Truth
-
-
-def tuned(world: World, adapter: dict[str, Any], **overrides: Any) -> Tuned:
-    """An adapter on the tiny pretrained model, put in before any weight is there; and in one process."""
-    base = DIRECTORY[0] / "base"
-    if world.is_main and not base.exists():
-        adapters.pretrained(base, vocab_size=97)
-    barrier()
-    optimizer = ADAMW | overrides.pop("optimizer", {})
-    asked = adapters.recipe(base, adapter, engine=ENGINE, optimizer=optimizer, **overrides)
-    plan, made = adapters.adapted(asked)
-    whole_plan, _ = adapters.adapted(asked.model_copy(update={"precision": "fp32"}))
-    whole_plan.materialise(whole_plan.decoder, CPU)
-    return Tuned(FSDPEngine(plan, asked, world), made, Truth(whole_plan.decoder))
-
-
-def adapters_train_over_a_frozen_base(world: World) -> None:
-    for kind in (
-        "lora",
-        "lora, dora",
-        "lora, pissa",
-        "lora, whole embeddings",
-        "MISS",
-        "prompt_tuning",
-        "prefix_tuning",
-    ):
-        engine, adapter, truth = tuned(world, adapters.KINDS[kind])
-        assert_near(engine, truth.model, relative=0)
-        before = {name: tensor.clone() for name, tensor in engine.full_parameters()}
-        for _, (ids, targets) in zip(range(4), batches(), strict=False):
-            norm, _ = step(engine, ids, targets, world)
-            assert norm == pytest.approx(truth.step(ids, targets), rel=1e-5), kind
-        assert_near(engine, truth.model)
-        trained = {name for name, p in truth.model.named_parameters() if p.requires_grad}
-        for name, tensor in engine.full_parameters():
-            assert torch.equal(tensor, before[name]) is (name not in trained), name
-        # The base is the recipe's, and in no checkpoint; and an export gathers nothing of it.
-        assert {name for name in engine.state() if name.startswith("model.")} <= {f"model.{name}" for name in trained}
-        assert trained <= {name for name, _ in engine.full_parameters(adapter.names)} == adapter.names
-
-
-def frozen_weights_are_kept_as_they_are_computed_with(world: World) -> None:
-    engine, _, truth = tuned(world, adapters.LORA, precision="bf16_mixed")
-    for parameter in engine.model.parameters():
-        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
-    for _, (ids, targets) in zip(range(2), batches(), strict=False):
-        norm, applied = step(engine, ids, targets, world)
-        assert applied and norm == pytest.approx(truth.step(ids, targets), rel=3e-2)
-
-
-def learning_rates_of_groups(world: World) -> None:
-    groups = [{"names": "*lora_B*", "lr_ratio": 4.0}, {"names": "*down_proj*", "lr_ratio": 0.0}]
-    engine, _, truth = tuned(world, adapters.LORA, optimizer={"groups": groups})
-    truth.optimizer = torch.optim.AdamW(
-        [
-            {"params": [p], "lr": LR * (4.0 if "lora_B" in name else 0.0 if "down_proj" in name else 1.0)}
-            for name, p in truth.model.named_parameters()
-            if p.requires_grad
-        ],
-        betas=(0.9, 0.95),
-        eps=1e-5,
-        weight_decay=0.1,
-        foreach=False,
-    )
-    for _, (ids, targets) in zip(range(4), batches(), strict=False):
-        step(engine, ids, targets, world)
-        truth.step(ids, targets)
-    assert_near(engine, truth.model)
-
-
-def layers_that_share_weights_are_refused(world: World) -> None:
-    with pytest.raises(InputError, match="shares weights of .* between layers"):
-        tuned(world, adapters.KINDS["VBLORA"])
 
 
 def a_forward_without_backward_leaves_nothing_stale(**options: Any) -> Callable[[World], None]:

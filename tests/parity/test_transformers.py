@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtrain.algorithms.causal_lm import CausalLM
-from llmtrain.algorithms.texts import HeldOut, TextSamples
+from llmtrain.algorithms.causal_lm import nll
+from llmtrain.algorithms.texts import HeldOut, Supervised, TextSamples
 from llmtrain.contracts import POLICY
 from llmtrain.data.build import cache_directory, prepare_data, prepare_tokenizer
 from llmtrain.data.loader import Loader
@@ -30,8 +30,8 @@ def packed(tmp_path_factory):
     tokenizer = prepare_tokenizer(recipe, cache)
     datasets = prepare_data(recipe, tokenizer, cache)
     loader = Loader(datasets.train, datasets.order(recipe.seed), ROWS, ROWS, rank=0, world_size=1)
-    samples = TextSamples(None, tokenizer, recipe.sequence_length, 0)
-    algorithm = CausalLM(loader, HeldOut([], tokenizer), samples, {})
+    samples = TextSamples(None, tokenizer, recipe.sequence_length, 0, datasets.documents.prompt_ids)
+    algorithm = Supervised(nll, loader, HeldOut([], tokenizer), samples, {})
     (micro,) = next(algorithm.step_batches(0))
     return algorithm, micro, len(tokenizer)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmtrain import engines
-from llmtrain.algorithms.sft import SFT
-from llmtrain.algorithms.texts import HeldOut, TextSamples
+from llmtrain.algorithms.sft import LOSSES
+from llmtrain.algorithms.texts import HeldOut, Supervised, TextSamples
 from llmtrain.contracts import POLICY, Engine, MicroBatch
 from llmtrain.data.build import cache_directory, prepare_data, prepare_tokenizer
 from llmtrain.data.loader import Loader
@@ -26,7 +26,7 @@ ROWS = 4
 LORA = {"r": 4, "alpha": 8, "target_modules": "all-linear"}
 
 
-def our_side(directory: Path, **overrides: Any) -> tuple[Engine, SFT, MicroBatch, schema.Recipe]:
+def our_side(directory: Path, **overrides: Any) -> tuple[Engine, Supervised, MicroBatch, schema.Recipe]:
     """Engine, algorithm and the first micro-batch of `ROWS` conversations, one a row."""
     data = sft_recipe(directory)["data"] | {"packing": "none"}
     batch = {"sequences": ROWS, "micro_sequences": ROWS}
@@ -36,8 +36,8 @@ def our_side(directory: Path, **overrides: Any) -> tuple[Engine, SFT, MicroBatch
     tokenizer = prepare_tokenizer(recipe, cache)
     datasets = prepare_data(recipe, tokenizer, cache)
     loader = Loader(datasets.train, datasets.order(recipe.seed), ROWS, ROWS, rank=0, world_size=1)
-    samples = TextSamples(None, tokenizer, 64, 0)
-    algorithm = SFT(recipe.algorithm.loss, loader, HeldOut([], tokenizer), samples, {})
+    samples = TextSamples(None, tokenizer, 64, 0, datasets.documents.prompt_ids)
+    algorithm = Supervised(LOSSES[recipe.algorithm.loss], loader, HeldOut([], tokenizer), samples, {})
     blueprint = open_model(recipe, tokenizer)
     adapt(blueprint, recipe, tokenizer)
     (micro,) = next(algorithm.step_batches(0))

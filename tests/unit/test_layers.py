@@ -12,7 +12,7 @@ PACKAGE = ROOT / "llmtrain"
 
 # From the lowest up: a module imports from its own layer and from those above it in this table.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "directories"),
+    ("errors", "directories", "tables"),
     ("recipe", "contracts"),
     ("distributed", "progress"),
     ("models", "data"),

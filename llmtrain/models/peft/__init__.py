@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import TrainableTokensWrapper
@@ -23,17 +23,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmtrain.errors import InputError
 from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.decoder import Decoder
-from llmtrain.models.hub import MODEL_DTYPE, TRANSFORMERS_ERRORS
+from llmtrain.models.hub import MODEL_DTYPE
 from llmtrain.models.peft import layers, prompt
 from llmtrain.models.peft.config import check_names, peft_config, refused_as_input_error, target_names
 from llmtrain.models.quantised import is_quantised
+from llmtrain.models.saved import merge_below
+from llmtrain.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BELOW
 from llmtrain.recipe.schema import FSDPEngine, PrefixTuning, PromptTuning, PTuning, Recipe
 
 log = logging.getLogger(__name__)
 
 # What weights are rounded to when they are computed with; float32 otherwise.
 COMPUTE_DTYPE = {"bf16_mixed": torch.bfloat16, "fp16_mixed": torch.float16, "bf16": torch.bfloat16}
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def adapt(blueprint: Blueprint, recipe: Recipe, tokenizer: PreTrainedTokenizerBa
     check_names(spec, config, decoder.hf)
     bases = tuple(Path(directory).expanduser() for directory in spec.base)
     if bases:
-        _merge_bases(blueprint, bases)
+        _merge_bases(blueprint, tokenizer, bases)
     own: set[Tensor] = {*decoder.parameters(), *decoder.buffers()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft's, of transformers
@@ -170,7 +171,7 @@ def _telling_targets(hf: PreTrainedModel) -> Iterator[None]:
         raise
 
 
-def _merge_bases(blueprint: Blueprint, directories: Iterable[Path]) -> None:
+def _merge_bases(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, directories: Iterable[Path]) -> None:
     """Makes adapters part of the weights, in their order; each rank has the whole model for it."""
     hf = blueprint.decoder.hf
     if is_quantised(hf):
@@ -183,24 +184,16 @@ def _merge_bases(blueprint: Blueprint, directories: Iterable[Path]) -> None:
     blueprint.build_whole()
     for number, directory in enumerate(directories):
         where = f"adapter.base.{number}"
-        if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
+        if not (directory / ADAPTER_CONFIG).is_file() or not (directory / ADAPTER_WEIGHTS).is_file():
             raise InputError(
-                f"{directory} holds no adapter ({CONFIG} and {WEIGHTS})", where=where, remedy="correct the path"
+                f"{directory} holds no adapter ({ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})",
+                where=where,
+                remedy="correct the path",
             )
         try:
-            config = PeftConfig.from_pretrained(str(directory))
-            if config.is_prompt_learning:
-                raise InputError(
-                    f"{config.peft_type.value} is no part of the layers, so nothing can go on top of it", where=where
-                )
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message="Found missing adapter keys")
-                loaded = PeftModel.from_pretrained(hf, str(directory))
-            merged = loaded.merge_and_unload()
-        except (*TRANSFORMERS_ERRORS, RuntimeError, NotImplementedError, UserWarning) as error:
-            raise InputError(
-                f"{directory} cannot be merged into the model: {' '.join(str(error).split())}", where=where
-            ) from error
+            merged = merge_below(hf, tokenizer, directory)
+        except InputError as error:
+            raise InputError(f"{directory}: {error.message}", where=where, remedy=error.remedy) from error
         assert merged is hf
 
 
@@ -273,7 +266,7 @@ def save_adapter(
             tensors = _counted_from(_of_adapter(adapter, prefixed, layers.INITIAL), tensors, config)
     save_file(
         {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
-        directory / WEIGHTS,
+        directory / ADAPTER_WEIGHTS,
         {"format": "pt"},
     )
     config.inference_mode = True
@@ -284,9 +277,9 @@ def save_adapter(
     config.save_pretrained(str(directory))
     tokenizer.save_pretrained(directory)
     for number, base in enumerate(adapter.bases):
-        target = directory / f"base-{number}"
+        target = directory / f"{BELOW}{number}"
         target.mkdir()
-        for file in (CONFIG, WEIGHTS):
+        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copy(base / file, target / file)
 
 

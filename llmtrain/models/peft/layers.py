@@ -146,8 +146,9 @@ class Layers:
         for parameter in dtypes:
             parameter.data = parameter.data.float()
         for name, config in self._configs.items():
-            self._tuner._create_and_replace(config, name, getattr(parent, child), child, parent, current_key=key)
-        layer: Any = getattr(parent, child)
+            target = self._hf.get_submodule(key)
+            self._tuner._create_and_replace(config, name, target, child, parent, current_key=key)
+        layer: Any = self._hf.get_submodule(key)
         if INITIAL in self._configs:
             _split_off_initial(layer, self._computed)
         for parameter, dtype in dtypes.items():

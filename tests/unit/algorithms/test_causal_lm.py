@@ -6,9 +6,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from llmtrain.algorithms.causal_lm import CausalLM
-from llmtrain.algorithms.texts import HeldOut, TextSamples
+from llmtrain.algorithms.causal_lm import nll
+from llmtrain.algorithms.texts import HeldOut, Supervised, TextSamples
 from llmtrain.contracts import POLICY, MicroBatch, Sample
+from llmtrain.data.documents import Texts
 from llmtrain.data.loader import Loader
 from llmtrain.errors import InputError
 from llmtrain.models.decoder import Decoder
@@ -28,12 +29,12 @@ class Steps:
         return [step]
 
 
-def algorithm(held_out: list[MicroBatch] | None = None, samples: Samples | None = None, **changes: Any) -> CausalLM:
+def algorithm(held_out: list[MicroBatch] | None = None, samples: Samples | None = None, **changes: Any) -> Supervised:
     settings = {"max_length": 32, "seed": 0, "data_fingerprint": DATA} | changes
     tokenizer = tiny.tokenizer()
-    texts = TextSamples(samples, tokenizer, settings["max_length"], settings["seed"])
-    return CausalLM(
-        cast(Loader, Steps()), HeldOut(held_out or [], tokenizer), texts, cast(Any, settings["data_fingerprint"])
+    texts = TextSamples(samples, tokenizer, settings["max_length"], settings["seed"], Texts(tokenizer).prompt_ids)
+    return Supervised(
+        nll, cast(Loader, Steps()), HeldOut(held_out or [], tokenizer), texts, cast(Any, settings["data_fingerprint"])
     )
 
 

@@ -6,21 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.algorithms.sft import SFT
-from llmtrain.algorithms.texts import HeldOut, TextSamples
+from llmtrain.algorithms.sft import LOSSES
 from llmtrain.contracts import POLICY, MicroBatch
-from llmtrain.data.loader import Loader
 from llmtrain.models.decoder import Decoder
 from llmtrain.models.loss_head import IGNORE_INDEX
 from tests import tiny
 
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
-
-
-def algorithm(loss: str) -> SFT:
-    tokenizer = tiny.tokenizer()
-    settings = cast("str", loss)
-    return SFT(settings, cast(Loader, None), HeldOut([], tokenizer), TextSamples(None, tokenizer, 32, 0), {})  # type: ignore[arg-type]
 
 
 def micro() -> MicroBatch:
@@ -47,7 +39,7 @@ def test_loss_and_gradient(loss: str) -> None:
     by_formula(decoder, loss).backward()
     expected = {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
     decoder.zero_grad()
-    output = algorithm(loss).loss({POLICY: decoder}, micro())
+    output = LOSSES[loss](decoder, micro())
     torch.testing.assert_close(output.sums[POLICY], by_formula(decoder, loss), rtol=1e-5, atol=0)
     output.sums[POLICY].backward()
     for name, parameter in decoder.named_parameters():
@@ -56,6 +48,6 @@ def test_loss_and_gradient(loss: str) -> None:
 
 def test_dft_reports_the_plain_loss_beside_its_own() -> None:
     decoder = tiny.decoder()
-    metric = algorithm("dft").loss({POLICY: decoder}, micro()).metrics["nll"]
+    metric = LOSSES["dft"](decoder, micro()).metrics["nll"]
     torch.testing.assert_close(cast(Tensor, metric.value), by_formula(decoder, "nll").detach(), rtol=1e-5, atol=0)
     assert metric.weight == micro().weights[POLICY]

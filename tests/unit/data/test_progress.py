@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 
 from llmtrain.data import progress as module
-from llmtrain.data.progress import ByteProgress
+from llmtrain.data.progress import byte_progress
 
 
 def test_short_work_is_silent(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), ByteProgress("work", 100) as progress:
+    with caplog.at_level(logging.INFO), byte_progress("work", 100) as progress:
         progress.advance(100)
     assert capfd.readouterr() == ("", "") and not caplog.records
 
@@ -22,10 +22,10 @@ def test_lines_where_there_is_no_terminal(
     monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
     monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level(logging.INFO):
-        with ByteProgress("work", 4_000_000) as progress:
+        with byte_progress("work", 4_000_000) as progress:
             progress.advance(1_000_000)
             progress.advance(4_000_000)  # totals are estimates
-        with ByteProgress("endless", None) as progress:
+        with byte_progress("endless", None) as progress:
             progress.advance(1_000_000)
     first, second, third = (record.getMessage() for record in caplog.records)
     assert first.startswith("work: 1.0 MB at ") and "25%, about " in first
@@ -38,7 +38,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     written = io.StringIO()
     monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
     monkeypatch.setattr(module, "Console", lambda stderr: Console(file=written, force_terminal=True, width=100))
-    with caplog.at_level(logging.INFO), ByteProgress("work", 4_000_000) as progress:
+    with caplog.at_level(logging.INFO), byte_progress("work", 4_000_000) as progress:
         progress.advance(1_000_000)
         progress.advance(2_000_000)
     assert "work" in written.getvalue() and "3.0/3.0 MB" in written.getvalue()

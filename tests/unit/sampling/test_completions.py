@@ -113,7 +113,7 @@ def test_an_adapter_answers_too(llmtrain: CommandLine, model: Path) -> None:
     ("row", "texts"),
     [
         ('{"prompt": "w3"', ["in.jsonl:2: not JSON"]),
-        ("[1, 2]", ["in.jsonl:2: not a JSON object"]),
+        ("[1, 2]", ["in.jsonl:2: a JSON array, not an object"]),
         ({"text": "w3"}, ["in.jsonl:2: a row has either a prompt or messages; it has neither", "remedy"]),
         ({"prompt": "w3", "messages": []}, ["it has both"]),
         ({"messages": []}, ["in.jsonl:2: messages must be a list that is not empty"]),
