@@ -111,7 +111,7 @@ def test_builders_that_start_at_once_build_once(directory: Path, tmp_path: Path)
 
 def build_and_die(path: Path, num_syncs: int) -> None:
     """Dies after so many files and directories were synced: the steps of putting a build in place."""
-    sync = built._sync
+    sync = built.fsync_path
     calls: list[Path] = []
 
     def deadly(path: Path) -> None:
@@ -120,7 +120,7 @@ def build_and_die(path: Path, num_syncs: int) -> None:
         calls.append(path)
         sync(path)
 
-    built._sync = deadly
+    built.fsync_path = deadly
     build_once(path, "letters", write_letters)
 
 
