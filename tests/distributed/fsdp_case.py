@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtrain.contracts import mark_last
 from llmtrain.distributed import World
 from llmtrain.engines.fsdp import FSDPEngine, FSDPFrozen
 from llmtrain.models.blueprint import Blueprint
@@ -70,8 +69,8 @@ def num_counted(targets: Tensor) -> int:
 def step(engine: FSDPEngine, ids: Tensor, targets: Tensor, world: World, scale: float = 1.0) -> tuple[float, bool]:
     """One optimizer step on this rank's rows, in MICRO micro-batches."""
     own = [rows.chunk(MICRO) for rows in (ids[world.rank :: world.size], targets[world.rank :: world.size])]
-    for (some_ids, some_targets), last in mark_last(list(zip(*own, strict=True))):  # type: ignore[arg-type]
-        with engine.accumulate(last):
+    for number, (some_ids, some_targets) in enumerate(zip(*own, strict=True)):
+        with engine.accumulate(last=number == len(own[0]) - 1):
             engine.backward(scale * loss_sum(engine.model, some_ids, some_targets) / num_counted(targets))
     result = engine.step(LR)
     return result.grad_norm, result.applied
