@@ -21,12 +21,13 @@ from llmtrain.cli_loading import loading
 from llmtrain.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, LLMTrainError, RankLost, TrainingError
 from llmtrain.observe.streams import outliving_the_console
 from llmtrain.recipe.batch import plan_batch
+from llmtrain.recipe.comparison import is_comparison, load_comparison
 from llmtrain.recipe.layout import check_layout, smallest_world
 from llmtrain.recipe.loading import LoadedRecipe, load_recipe, recipe_file
 from llmtrain.recipe.problems import RecipeError
 from llmtrain.recipe.resolved import resolved_dump
 from llmtrain.recipe.schema import ModelFromConfig, ModelFromGGUF, Recipe, SentencePieceTokenizer
-from llmtrain.recipe.shipped import recipe_names
+from llmtrain.recipe.shipped import comparison_names, recipe_names
 from llmtrain.signals import end_with_launcher
 
 SECONDS_FOR_RANK_0 = 5
@@ -173,6 +174,29 @@ def quickstart(
     raise typer.Exit(run_quickstart(output, overrides or []))
 
 
+@app.command(epilog="Example: llmtrain compare diffusion/compare steps=200")
+def compare(
+    comparison: Annotated[
+        str, typer.Argument(metavar="COMPARISON", help="A YAML file with variants, or the name of a shipped one.")
+    ],
+    overrides: OverridesArgument = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Train only this one, also as one rank of torchrun.")
+    ] = None,
+) -> None:
+    """Train the variants of one recipe, measure them on the same held-out texts, and show them side by side.
+
+    What is finished is not done again: the same command goes on after an interruption.
+    """
+    loaded = load_comparison(comparison, overrides or [])
+    with _interruptible(next(iter(loaded.variants.values())).recipe):
+        with loading():
+            from llmtrain import compare as comparing
+
+        code = comparing.compare(loaded) if variant is None else comparing.train_variant(loaded, variant)
+    raise typer.Exit(code)
+
+
 cli_use.register(app)
 
 
@@ -196,7 +220,7 @@ def tokenizer_train(
 
     with new_directory(output) as aside:  # tried before the minutes of training
         cache = build.cache_directory(loaded.recipe.data.cache_dir)
-        build.prepare_tokenizer(loaded.recipe, cache).save_pretrained(aside)
+        build.prepare_tokenizer(loaded.recipe, cache).tokenizer.save_pretrained(aside)
     typer.echo(f"tokenizer saved in {output}")
 
 
@@ -231,6 +255,10 @@ def recipes_list() -> None:
     for name in recipe_names():
         recipe = load_recipe(name).recipe
         rows.append((name, recipe.description, _architecture(recipe), recipe.algorithm.kind))
+    for name in comparison_names():
+        comparison = load_comparison(name)
+        recipe = next(iter(comparison.variants.values())).recipe
+        rows.append((name, comparison.description, _architecture(recipe), f"{len(comparison.variants)} variants"))
     _print_recipes(("name", "description", "architecture", "algorithm"), rows)
 
 
@@ -305,11 +333,20 @@ def recipes_validate(
     failed = False
     for name in names:
         try:
-            typer.echo(f"ok: {name}: {_derived(load_recipe(name, overrides), world_size)}")
+            for variant, loaded in _recipes_in(name, overrides):
+                typer.echo(f"ok: {name}{variant}: {_derived(loaded, world_size)}")
         except InputError as error:
             failed = True
             typer.echo(f"error: {error}", err=True)
     raise typer.Exit(EXIT_BAD_INPUT if failed else 0)
+
+
+def _recipes_in(name: str, overrides: list[str]) -> list[tuple[str, LoadedRecipe]]:
+    """The recipe of that name, or the variants of the comparison, each with what tells it from the others."""
+    if not is_comparison(name):
+        return [("", load_recipe(name, overrides))]
+    variants = load_comparison(name, overrides).variants
+    return [(f" {variant}", loaded) for variant, loaded in variants.items()]
 
 
 def _derived(loaded: LoadedRecipe, asked_world_size: int | None) -> str:

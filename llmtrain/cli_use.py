@@ -20,63 +20,139 @@ BaseOption = Annotated[
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens computed at once, about; fewer take less memory.")]
 
 
+_PANEL = "Diffusion models"  # of what only they take
+Samplers = Annotated[
+    Literal["llada", "threshold", "ancestral", "first-hitting"] | None,
+    typer.Option(
+        help="llada: an even share of the open places each step. threshold: all that are confident enough. ancestral: "
+        "the reverse process in steps. first-hitting: one place a step, in random order. Default: llada for masked "
+        "diffusion, first-hitting for block diffusion, ancestral for uniform noise.",
+        rich_help_panel=_PANEL,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Steps for a whole completion: of llada (default: one a token), or of ancestral's time (default: 1000; "
+        "with uniform noise one a token). Blocks share them out, each at least one.",
+        rich_help_panel=_PANEL,
+    ),
+]
+BlockLength = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Masked diffusion: so many tokens are finished before those after them. Default: 32 for llada and "
+        "threshold, else all at once.",
+        rich_help_panel=_PANEL,
+    ),
+]
+Remaskings = Annotated[
+    Literal["low-confidence", "random"] | None,
+    typer.Option(help="llada: which places stay masked. Default: low-confidence.", rich_help_panel=_PANEL),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        "--cfg", min=0, help="Masked diffusion: classifier-free guidance by the prompt.", rich_help_panel=_PANEL
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=1, help="threshold: the confidence, from 0 to 1. Default: 0.9.", rich_help_panel=_PANEL),
+]
+UseCache = Annotated[
+    bool | None,
+    typer.Option(
+        "--cache/--no-cache",
+        help="Compute finished text once: exact for block diffusion (default: on), an approximation for masked "
+        "diffusion (default: off).",
+        rich_help_panel=_PANEL,
+    ),
+]
+Watch = Annotated[bool, typer.Option("--watch", help="Show how --prompt is unmasked.", rich_help_panel=_PANEL)]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Ends a completion; may be given several times.")]
+SkipLong = Annotated[bool, typer.Option("--skip-long", help="Rows that do not fit the model get no completion.")]
+InputFile = Annotated[
+    Path | None, typer.Option("--input", metavar="FILE", help="JSONL rows with a prompt or messages; needs --output.")
+]
+OutputFile = Annotated[Path | None, typer.Option(metavar="FILE", help="The rows of --input with their completions.")]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Text to continue; may be given several times. A diffusion model fills <|mask:5|> with 5 tokens.",
+    ),
+]
+
+
 def generate(
     context: typer.Context,
     model: ModelArgument,
-    prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Text to continue; may be given several times.")
-    ] = None,
+    prompt: Prompts = None,
     chat: Annotated[bool, typer.Option("--chat", help="Converse in the terminal.")] = False,
     system: Annotated[str, typer.Option(metavar="TEXT", help="System message of --chat.")] = "",
-    input_file: Annotated[
-        Path | None,
-        typer.Option("--input", metavar="FILE", help="JSONL rows with a prompt or messages; needs --output."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The rows of --input with their completions.")
-    ] = None,
+    input_file: InputFile = None,
+    output: OutputFile = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling; 1 is off.")] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Ends a completion; may be given several times.")
-    ] = None,
+    stop: Stop = None,
     num: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
-    skip_long: Annotated[
-        bool, typer.Option("--skip-long", help="Rows that do not fit the model get no completion.")
-    ] = False,
+    skip_long: SkipLong = False,
     base: BaseOption = None,
     device: Device = "auto",
     dtype: DType = "auto",
     batch_tokens: BatchTokens = 8192,
+    sampler: Samplers = None,
+    steps: Steps = None,
+    block_length: BlockLength = None,
+    remasking: Remaskings = None,
+    cfg: Guidance = None,
+    threshold: Threshold = None,
+    cache: UseCache = None,
+    watch: Watch = False,
 ) -> None:
     """Let a trained model continue texts (--prompt), converse (--chat), or answer a file (--input, --output).
+
+    A diffusion model also fills holes: in "The capital of <|mask:2|> is Paris." two tokens are written, and
+    nothing follows. A space before a hole belongs to it.
 
     --output has each row of --input with completions (text, finish_reason, tokens) and prompt_tokens. A command
     that was interrupted goes on when it is given again: what is done stands in OUTPUT.partial.
     """
-    modes = [bool(prompt), chat, input_file is not None]
-    if sum(modes) != 1:
-        context.fail("give one of --prompt, --chat and --input")
-    if (input_file is None) != (output is None):
-        context.fail("--input and --output go together")
-    if (system and not chat) or (chat and num > 1) or (skip_long and input_file is None):
-        context.fail("--system is for --chat, --num is not, and --skip-long is for --input")
+    _check_generate(context)
     with loading():
         from llmtrain.sampling import command
         from llmtrain.sampling.batched import Sampling
+        from llmtrain.sampling.samplers import Asked
 
     choice = command.ModelChoice(model, base, dtype, device)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
+    asked = Asked(sampler, steps, block_length, remasking, cfg, threshold, cache)
     if chat:
-        code = command.chat(choice, sampling, system)
+        code = command.chat(choice, sampling, system, asked)
     elif input_file is not None and output is not None:
         files = command.Files(input_file, output, skip_long, batch_tokens)
-        code = command.complete(choice, files, sampling, num)
+        code = command.complete(choice, files, sampling, num, asked)
     else:
-        code = command.generate(choice, prompt or [], sampling, num)
+        code = command.generate(choice, prompt or [], sampling, num, asked, watch)
     raise typer.Exit(code)
+
+
+def _check_generate(context: typer.Context) -> None:
+    given = context.params
+    has_input, has_output = given["input_file"] is not None, given["output"] is not None
+    if sum([bool(given["prompt"]), given["chat"], has_input]) != 1:
+        context.fail("give one of --prompt, --chat and --input")
+    if has_input != has_output:
+        context.fail("--input and --output go together")
+    if (given["system"] and not given["chat"]) or (given["chat"] and given["num"] > 1):
+        context.fail("--system is for --chat, and --num is not")
+    if (given["skip_long"] and not has_input) or (given["watch"] and not given["prompt"]):
+        context.fail("--skip-long is for --input, and --watch for --prompt")
 
 
 def evaluate(
@@ -90,7 +166,7 @@ def evaluate(
     dtype: DType = "auto",
     batch_tokens: BatchTokens = 8192,
 ) -> None:
-    """Measure a model on tasks: perplexity, exact match, mathematics, or tasks of lm-eval.
+    """Measure a model on tasks: perplexity, multiple choice, exact match, mathematics, or tasks of lm-eval.
 
     Prints a table with standard errors; in a pipe one line a figure, with tabs between the columns.
     """
@@ -109,6 +185,10 @@ def export(
     merge: Annotated[bool, typer.Option(help="Put an adapter's weights into its base model's.")] = True,
     base: BaseOption = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a weights file, such as 5GB.")] = "5GB",
+    layout: Annotated[
+        Literal["transformers", "llada"],
+        typer.Option(help="llada: names and config of GSAI-ML/LLaDA-8B, for masked diffusion llamas."),
+    ] = "transformers",
 ) -> None:
     """Write a model to hand on: safetensors, tokenizer, generation config, chat template and a model card.
 
@@ -117,7 +197,7 @@ def export(
     with loading():
         from llmtrain.export import command
 
-    command.export(model, output, command.Options(dtype, merge, base, max_shard_size))
+    command.export(model, output, command.Options(dtype, merge, base, max_shard_size, layout))
 
 
 def fetch(

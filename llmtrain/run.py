@@ -11,21 +11,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmtrain import distributed, engines
-from llmtrain.algorithms import causal_lm, sft
-from llmtrain.algorithms.texts import HeldOut, Supervised, TextSamples
+from llmtrain.algorithms.building import build_algorithm
 from llmtrain.checkpoint.generators import seed_generators
 from llmtrain.checkpoint.state import restore_state
 from llmtrain.checkpoint.store import CheckpointStore
-from llmtrain.contracts import POLICY, Algorithm, Engine
+from llmtrain.contracts import POLICY, Engine
 from llmtrain.data.build import Datasets, cache_directory, prepare_data, prepare_tokenizer
-from llmtrain.data.loader import Loader, evaluation_batches
 from llmtrain.distributed import World
 from llmtrain.ending import run_to_its_end, watched
 from llmtrain.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TrainingError
 from llmtrain.loop import Loop
 from llmtrain.models.blueprint import Blueprint
-from llmtrain.models.checks import Asked, check_causality, check_document_isolation, check_head
+from llmtrain.models.checks import Asked, check_attends_as_told, check_causality, check_document_isolation, check_head
 from llmtrain.models.decoder import Decoder
+from llmtrain.models.diffusion import Diffusion, diffusion_of, save_diffusion
 from llmtrain.models.hub import open_model
 from llmtrain.models.saving import save_pretrained
 from llmtrain.observe.flops import device_peak_flops, training_flops_per_token
@@ -36,7 +35,7 @@ from llmtrain.recipe.batch import BatchPlan, plan_batch
 from llmtrain.recipe.layout import check_layout
 from llmtrain.recipe.loading import LoadedRecipe
 from llmtrain.recipe.resolved import flattened, identity_differences
-from llmtrain.recipe.schema import SFT, GroupOptions, Recipe
+from llmtrain.recipe.schema import DIFFUSION, SFT, BlockDiffusion, CausalLM, GroupOptions, Recipe
 from llmtrain.rundir import RunDirectory, claim
 from llmtrain.schedule import check_steps
 
@@ -84,8 +83,8 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
         log.info("%s is finished already; its model is in %s", directory.path, directory.final)
         return EXIT_DONE
     cache = cache_directory(recipe.data.cache_dir)
-    tokenizer = prepare_tokenizer(recipe, cache)
-    blueprint = open_model(recipe, tokenizer)
+    tokenizer, num_new = prepare_tokenizer(recipe, cache)
+    blueprint = open_model(recipe, tokenizer, num_new)
     adapter = _adapted(blueprint, recipe, tokenizer)
     decoder = blueprint.decoder
     # Before the engine: what is counted here is whole, and no layout changes it.
@@ -95,6 +94,8 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
         decoder.attention_width(),
         recipe.sequence_length,
         decoder.num_frozen_matmul_parameters(),
+        copies=recipe.copies,
+        causal=isinstance(recipe.algorithm, CausalLM | SFT | BlockDiffusion),
     )
     log.info(
         "model: %s, %.2fM parameters (%.2fM that multiply)",
@@ -112,7 +113,7 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
     _describe(recipe, batch, datasets, num_steps, f"{peak.flops_per_second / 1e12:.3g} TFLOP/s, {peak.source}")
 
     trained: dict[str, Engine] = {POLICY: engine}
-    algorithm = _build_algorithm(recipe, batch, tokenizer, datasets, decoder, world)
+    algorithm = build_algorithm(recipe, batch, tokenizer, datasets, decoder, world)
     seed_generators(recipe.seed, world.rank)
     store = CheckpointStore(directory.checkpoints, recipe.checkpoint, world, recipe.watchdog.save)
     with store:  # a save that is under way is finished, whatever ends the loop
@@ -131,7 +132,8 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
         return EXIT_PREEMPTED
     with phases("save"):
         tokenizer.chat_template = datasets.documents.chat_template
-        _export(decoder, engine, adapter, tokenizer, directory, world)
+        diffusion = diffusion_of(recipe, tokenizer.mask_token_id)
+        _export(decoder, engine, adapter, tokenizer, diffusion, directory, world)
     log.info("done: %d steps; the model is in %s", loop.progress.step, directory.final)
     return EXIT_DONE
 
@@ -207,29 +209,12 @@ def _check_model(decoder: Decoder, engine: Engine, recipe: Recipe) -> None:
     with engine.evaluating():
         asked = Asked(engine.model, decoder, engine.device, exact=recipe.precision == "fp32")
         check_head(asked)
+        if isinstance(recipe.algorithm, DIFFUSION):
+            check_attends_as_told(asked)
+            return
         check_causality(asked)
         if recipe.packing != "none":
             check_document_isolation(asked)
-
-
-def _build_algorithm(
-    recipe: Recipe,
-    batch: BatchPlan,
-    tokenizer: PreTrainedTokenizerBase,
-    datasets: Datasets,
-    decoder: Decoder,
-    world: World,
-) -> Algorithm:
-    order = datasets.order(recipe.seed)
-    loader = Loader(datasets.train, order, batch.sequences, batch.micro_sequences, world.rank, world.size)
-    batches = evaluation_batches(
-        datasets.validation, recipe.evaluation.max_sequences, batch.micro_sequences, world.rank, world.size
-    )
-    held_out = HeldOut(batches, tokenizer)
-    max_length = decoder.max_length(default=recipe.sequence_length)
-    samples = TextSamples(recipe.samples, tokenizer, max_length, recipe.seed, datasets.documents.prompt_ids)
-    loss = sft.LOSSES[recipe.algorithm.loss] if isinstance(recipe.algorithm, SFT) else causal_lm.nll
-    return Supervised(loss, loader, held_out, samples, datasets.fingerprint)
 
 
 def _describe(recipe: Recipe, batch: BatchPlan, datasets: Datasets, num_steps: int, peak: str) -> None:
@@ -253,6 +238,7 @@ def _export(
     engine: Engine,
     adapter: "Adapter | None",
     tokenizer: PreTrainedTokenizerBase,
+    diffusion: Diffusion | None,
     directory: RunDirectory,
     world: World,
 ) -> None:
@@ -274,7 +260,11 @@ def _export(
 
                 save_adapter(adapter, parameters(), tokenizer, target)
             else:
+                if diffusion is not None:  # so that transformers' own forward attends both ways where ours does
+                    decoder.hf.config.is_causal = diffusion.process == "block"
                 save_pretrained(decoder.hf, parameters(), tokenizer, target)
+            if diffusion is not None:
+                save_diffusion(diffusion, target)
     else:
         for _ in parameters():
             pass

@@ -2,17 +2,15 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llmtrain import distributed
 from llmtrain.contracts import POLICY, LossOutput, MicroBatch, Sample
-from llmtrain.data.loader import Loader
 from llmtrain.data.tokenizer import token_byte_lengths
 from llmtrain.errors import InputError
 from llmtrain.models.loss_head import IGNORE_INDEX, linear_cross_entropy
@@ -39,32 +37,42 @@ def counted(hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
     return hidden.flatten(0, 1).index_select(0, where), micro.tensors["targets"].flatten().index_select(0, where)
 
 
+class Stateful(Protocol):
+    """What of an algorithm changes while it trains, beside the weights; JSON values only."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 class Supervised:
     """Training on the data's rows: an `Algorithm` whose loss is given.
 
     Args:
         loss: sums over one micro-batch; see `Algorithm.loss`.
-        loader: gives this rank's micro-batches of any step.
+        micro_batches: gives this rank's micro-batches of any step.
         held_out: rows to measure on.
         samples: texts to look at.
         data_fingerprint: hashes of the training and held-out rows, by key of the recipe; a resumed run must
             find the same, or neither its batches nor its figures would go on from what they were.
+        state: what the batches depend on beside (seed, step) and the rows.
     """
 
     def __init__(
         self,
         loss: Loss,
-        loader: Loader,
-        held_out: "HeldOut",
-        samples: "TextSamples",
+        micro_batches: Callable[[int], list[MicroBatch]],
+        held_out: "Measured",
+        samples: "Sampled",
         data_fingerprint: Mapping[str, str],
+        state: Stateful | None = None,
     ):
-        self._loss, self._loader, self._held_out, self._samples = loss, loader, held_out, samples
-        self._data_fingerprint = data_fingerprint
+        self._loss, self._micro_batches, self._held_out, self._samples = loss, micro_batches, held_out, samples
+        self._data_fingerprint, self._state = data_fingerprint, state
 
     def step_batches(self, first_step: int) -> Iterator[list[MicroBatch]]:
         for step in itertools.count(first_step):
-            yield self._loader.micro_batches(step)
+            yield self._micro_batches(step)
 
     def loss(self, models: Mapping[str, nn.Module], micro: MicroBatch) -> LossOutput:
         return self._loss(models[POLICY], micro)
@@ -76,7 +84,8 @@ class Supervised:
         return self._samples.drawn(models[POLICY], device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"data": dict(self._data_fingerprint)}  # batches depend on (seed, step) and the rows only
+        own = {} if self._state is None else self._state.state_dict()
+        return {"data": dict(self._data_fingerprint), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for key, print_of_data in self._data_fingerprint.items():
@@ -86,19 +95,38 @@ class Supervised:
                     where=key,
                     remedy="bring the former files back, or start a new run with another name=...",
                 )
+        if self._state is not None:
+            self._state.load_state_dict(state)
+
+
+class Measured(Protocol):
+    """Held-out figures of a model, equal on all ranks."""
+
+    def figures(self, model: nn.Module, device: torch.device) -> dict[str, float]: ...
+
+
+class Sampled(Protocol):
+    """Texts of a model, to look at."""
+
+    def drawn(self, model: nn.Module, device: torch.device) -> list[Sample]: ...
 
 
 class HeldOut:
     """Held-out rows, and how well a model predicts them.
 
     Args:
-        batches: this rank's share of the rows.
-        tokenizer: tells how many bytes a token stands for.
+        batches: this rank's share of the rows, as the loss takes them.
+        num_bytes: of text that this rank's trained tokens stand for; see `bytes_of`.
+        nats: the sum of -log p, or of its bound, over a micro-batch.
     """
 
-    def __init__(self, batches: Sequence[MicroBatch], tokenizer: PreTrainedTokenizerBase):
-        self._batches = batches
-        self._token_bytes = token_byte_lengths(tokenizer)
+    def __init__(
+        self,
+        batches: Sequence[MicroBatch],
+        num_bytes: float,
+        nats: Callable[[nn.Module, MicroBatch], Tensor] = nll_sum,
+    ):
+        self._batches, self._num_bytes, self._nats = batches, num_bytes, nats
 
     def figures(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Loss (nats a token), perplexity, and bits per byte of the text predicted; equal on all ranks.
@@ -106,22 +134,35 @@ class HeldOut:
         A token that ends a document or a turn counts as a token to predict and as no byte; bits per
         byte are NaN where no token stands for any. Nothing is returned where no rows are held out.
         """
-        nll, tokens, num_bytes = 0.0, 0.0, 0.0
+        nats, tokens = 0.0, 0.0
         for micro in self._batches:
-            nll += nll_sum(model, micro.to(device)).item()
+            nats += self._nats(model, micro.to(device)).item()
             tokens += micro.weights[POLICY]
-            num_bytes += self._bytes_predicted(micro.tensors["targets"].numpy())
-        nll, tokens, num_bytes = distributed.sum_scalars([nll, tokens, num_bytes])
+        nats, tokens, num_bytes = distributed.sum_scalars([nats, tokens, self._num_bytes])
         if tokens == 0:
             return {}
-        loss = nll / tokens
+        loss = nats / tokens
         # exp overflows beyond 709 nats, where a model that diverged may be
         perplexity = math.exp(min(loss, 700.0))
-        bits_per_byte = nll / math.log(2) / num_bytes if num_bytes else math.nan
+        bits_per_byte = nats / math.log(2) / num_bytes if num_bytes else math.nan
         return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
 
-    def _bytes_predicted(self, targets: np.ndarray) -> float:
-        return float(self._token_bytes[targets[targets != IGNORE_INDEX]].sum())
+
+def bytes_of(tokens: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase) -> float:
+    """Bytes of text that token ids stand for; IGNORE_INDEX is none."""
+    lengths = token_byte_lengths(tokenizer)
+    return float(sum(lengths[ids.numpy()[ids.numpy() != IGNORE_INDEX]].sum() for ids in tokens))
+
+
+def checked_prompt(prompt: str, ids: list[int], max_length: int) -> list[int]:
+    """The ids of a sample's prompt; raises InputError where no token can follow them."""
+    if not 0 < len(ids) < max_length:
+        raise InputError(
+            f"the prompt {prompt[:40]!r} has {len(ids)} tokens; it takes 1 to {max_length - 1}",
+            where="samples.prompts",
+            remedy="shorten the prompt" if ids else "give a prompt that is not empty",
+        )
+    return ids
 
 
 class TextSamples:
@@ -145,16 +186,7 @@ class TextSamples:
     ):
         self._settings, self._tokenizer, self._seed, self._max_length = settings, tokenizer, seed, max_length
         prompts = [] if settings is None else settings.prompts
-        self._prompts = [self._checked(text, encode(text)) for text in prompts]
-
-    def _checked(self, prompt: str, ids: list[int]) -> list[int]:
-        if not 0 < len(ids) < self._max_length:
-            raise InputError(
-                f"the prompt {prompt[:40]!r} has {len(ids)} tokens; it takes 1 to {self._max_length - 1}",
-                where="samples.prompts",
-                remedy="shorten the prompt" if ids else "give a prompt that is not empty",
-            )
-        return ids
+        self._prompts = [checked_prompt(text, encode(text), max_length) for text in prompts]
 
     def drawn(self, model: nn.Module, device: torch.device) -> list[Sample]:
         """A continuation of each prompt."""

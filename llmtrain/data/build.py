@@ -6,10 +6,10 @@ so no process group is needed; all of them see the same result.
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
@@ -112,39 +112,59 @@ def cache_directory(configured: str | None) -> Path:
     return path.resolve()
 
 
-def prepare_tokenizer(recipe: Recipe, cache_dir: Path) -> PreTrainedTokenizerBase:
+class PreparedTokenizer(NamedTuple):
+    """A tokenizer, and how many of its last ids are tokens that the recipe added to it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    num_new: int
+
+
+def prepare_tokenizer(recipe: Recipe, cache_dir: Path) -> PreparedTokenizer:
     """The recipe's tokenizer; a sentencepiece one is trained once for the same text and settings.
 
     Raises:
         InputError: it is not there or does not serve, or the text does not support its settings.
     """
+    spec = recipe.tokenizer
+    tokenizer = _loaded_tokenizer(recipe, cache_dir)
+    added = [] if isinstance(spec, SentencePieceTokenizer) else list(spec.add_tokens)
+    _add_tokens(tokenizer, added)
+    mask = recipe.mask_token
+    if mask is not None:
+        if mask not in tokenizer.get_vocab():
+            _add_tokens(tokenizer, [mask], "algorithm.mask_token")
+            added.append(mask)
+        tokenizer.mask_token = mask
+    return PreparedTokenizer(tokenizer, len(added))
+
+
+def _loaded_tokenizer(recipe: Recipe, cache_dir: Path) -> PreTrainedTokenizerBase:
     spec, model = recipe.tokenizer, recipe.model
     match spec:
         case SentencePieceTokenizer():
             return load_tokenizer(str(train_tokenizer(spec, recipe.data, cache_dir)))
         case PretrainedTokenizer():
-            return _with_tokens(load_tokenizer(spec.path, spec.revision), spec.add_tokens)
+            return load_tokenizer(spec.path, spec.revision)
         case ModelTokenizer():
             if isinstance(model, ModelFromGGUF):
                 file = Path(model.file).expanduser()
                 if not os.path.isfile(file):
                     message = f"{why_missing(file, 'file')}: {model.file}"
                     raise InputError(message, where="model.file", remedy="correct the path")
-                return _with_tokens(load_tokenizer(str(file.parent), gguf_file=file.name), spec.add_tokens)
+                return load_tokenizer(str(file.parent), gguf_file=file.name)
             assert not isinstance(model, ModelFromConfig), "the schema forbids it"
-            return _with_tokens(load_tokenizer(model.path, model.revision), spec.add_tokens)
+            return load_tokenizer(model.path, model.revision)
 
 
-def _with_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer with new special tokens: a chat template writes them, and the same characters in a text do not."""
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], where: str = "tokenizer.add_tokens") -> None:
+    """Adds special tokens: a chat template writes them, and the same characters in a text do not."""
     for token in tokens:
         if not token or token != token.strip():
             message = f"{token!r} is empty, or begins or ends with a space"
-            raise InputError(message, where="tokenizer.add_tokens", remedy="use names such as <|user|>")
+            raise InputError(message, where=where, remedy="use names such as <|user|>")
         if token in tokenizer.get_vocab():
-            raise InputError(f"{token!r} is there already", where="tokenizer.add_tokens", remedy="remove it")
+            raise InputError(f"{token!r} is there already", where=where, remedy="remove it")
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=True)], special_tokens=True)
-    return tokenizer
 
 
 def train_tokenizer(spec: SentencePieceTokenizer, data: Data, cache_dir: Path) -> Path:

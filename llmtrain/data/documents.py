@@ -1,15 +1,16 @@
 """What a source is made of for an algorithm, texts or examples, and how their token ids come about."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from llmtrain.data.chat import ExampleEncoder, Tokens
 from llmtrain.data.formats import Example, read_examples
+from llmtrain.data.hashing import hash_settings
 from llmtrain.data.sources import read_documents
 from llmtrain.data.tokenizer import document_frame, encode_documents, hash_tokenizer, num_ids, prompt_ids
-from llmtrain.recipe.schema import Data, Recipe, Source
+from llmtrain.recipe.schema import DIFFUSION, Data, Recipe, Source
 
 T = TypeVar("T")
 
@@ -97,6 +98,45 @@ class Examples:
         return self._encoder.prompt_ids(prompt)
 
 
+class Filled(Generic[T]):
+    """Documents, each filled with end-of-text tokens that are trained, to a multiple of `multiple` tokens.
+
+    Args:
+        longest: nothing is added beyond so many tokens; None where a document may go on in another row.
+    """
+
+    def __init__(self, documents: Documents[T], eos_id: int, multiple: int, longest: int | None):
+        self._documents, self._eos_id, self._multiple, self._longest = documents, eos_id, multiple, longest
+        self.fingerprint = hash_settings([documents.fingerprint, "filled", eos_id, multiple, longest])
+        self.num_ids, self.chat_template = documents.num_ids, documents.chat_template
+        self.masked = documents.masked
+
+    def read(self, source: Source) -> Iterator[T]:
+        return self._documents.read(source)
+
+    def content(self, document: T) -> str:
+        return self._documents.content(document)
+
+    def encode(self, documents: Sequence[T]) -> list[Tokens]:
+        return [self._filled(tokens) for tokens in self._documents.encode(documents)]
+
+    def _filled(self, tokens: Tokens) -> Tokens:
+        length = len(tokens.ids)
+        num = -length % self._multiple
+        if self._longest is not None:
+            num = max(0, min(num, self._longest - length))
+        return Tokens([*tokens.ids, *[self._eos_id] * num], [*tokens.trained, *[True] * (num if self.masked else 0)])
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        return self._documents.prompt_ids(prompt)
+
+
 def documents_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Documents[Any]:
     """What the recipe's algorithm reads."""
-    return Examples(tokenizer, recipe.data) if recipe.algorithm.kind == "sft" else Texts(tokenizer)
+    documents: Documents[Any] = Examples(tokenizer, recipe.data) if recipe.fine_tunes else Texts(tokenizer)
+    algorithm = recipe.algorithm
+    if not isinstance(algorithm, DIFFUSION) or algorithm.filled_to is None:
+        return documents
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)
+    return Filled(documents, eos, algorithm.filled_to, recipe.sequence_length if recipe.fine_tunes else None)

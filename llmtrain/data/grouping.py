@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llmtrain.data.counted_random import Int64Array
 from llmtrain.data.hashing import derive_seed
-from llmtrain.data.order import Int64Array, MixtureOrder, ShuffledOrder, permutation_index
+from llmtrain.data.order import MixtureOrder, ShuffledOrder, permutation_index
 from llmtrain.data.packing import Rows
 
 GLOBAL_BATCHES_IN_A_BLOCK = 64

@@ -43,7 +43,7 @@ def inspect(
         InputError: bad input; or, when all is printed, what `train` would refuse.
     """
     cache = cache_directory(recipe.data.cache_dir)
-    tokenizer = prepare_tokenizer(recipe, cache)
+    tokenizer = prepare_tokenizer(recipe, cache).tokenizer
     prepared = prepare_sources(recipe, tokenizer, cache)
     halves = prepared.train if half == "train" else prepared.validation
     printer = _Printer(tokenizer, recipe, full)
@@ -211,7 +211,7 @@ class _Printer:
             self.line(f"--- {self._name(half, document)}: {end - start:,} tokens ---", "cyan")
             settings = plan_settings(self._recipe)
             is_cut = half.plan is not None and settings.overflow == "truncate"
-            stop = min(end, start + settings.sequence_length + 1) if is_cut else end
+            stop = min(end, start + settings.sequence_length + settings.lookahead) if is_cut else end
             self._tokens(half, start, stop, start)
             if stop < end:
                 assert half.corpus.trained is not None
@@ -219,7 +219,7 @@ class _Printer:
                 self.line(f"... truncated: {end - stop:,} tokens are lost, {num:,} trained ones among them", "bold red")
 
     def histogram(self, halves: list[SourceRows]) -> None:
-        longest = self._recipe.sequence_length + 1
+        longest = self._recipe.sequence_length + plan_settings(self._recipe).lookahead
         self.line("\ndocuments by tokens", "bold")
         bins = length_counts([half.corpus for half in halves], longest)
         most, total = max(entry.num for entry in bins), sum(entry.num for entry in bins)

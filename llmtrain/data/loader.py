@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from llmtrain.contracts import POLICY, MicroBatch
+from llmtrain.data.counted_random import Int64Array
 from llmtrain.data.grouping import lengths_of
-from llmtrain.data.order import Int64Array, Order, ShuffledOrder
+from llmtrain.data.order import Order, ShuffledOrder
 from llmtrain.data.packing import IGNORE_INDEX, PADDING, Row, Rows
 
 LEAST_LENGTH = 2  # of a row; one token predicts nothing
@@ -48,11 +49,11 @@ class Loader:
             sources, indices = self._order.rows_at(np.arange(first, first + self._sequences))
             dealt = _longest_first(self._rows, sources, indices).reshape(-1, self._world_size, self._micro)
             mine = dealt[:, self._rank].ravel()
-            return _cut(self._rows, sources[mine], indices[mine], self._micro)
+            return _cut(self._rows, sources[mine], indices[mine], first + mine, self._micro)
         share = self._sequences // self._world_size
         first += self._rank * share
-        sources, indices = self._order.rows_at(np.arange(first, first + share))
-        return _cut(self._rows, sources, indices, self._micro)
+        positions = np.arange(first, first + share)
+        return _cut(self._rows, *self._order.rows_at(positions), positions, self._micro)
 
 
 def evaluation_batches(
@@ -67,11 +68,12 @@ def evaluation_batches(
     num = min(max_sequences, sum(len(source) for source in rows))
     if num == 0:
         return []
-    sources, indices = order.rows_at(np.arange(num))
+    positions = np.arange(num)
+    sources, indices = order.rows_at(positions)
     if any(source.ragged for source in rows):
-        longest_first = _longest_first(rows, sources, indices)
-        sources, indices = sources[longest_first], indices[longest_first]
-    batches = _cut(rows, sources[rank::world_size], indices[rank::world_size], micro_sequences)
+        positions = _longest_first(rows, sources, indices)
+    mine = positions[rank::world_size]
+    batches = _cut(rows, sources[mine], indices[mine], mine, micro_sequences)
     most = math.ceil(math.ceil(num / world_size) / micro_sequences)  # rank 0 has the most rows
     return batches + [_without_weight(rows, *order.rows_at(np.arange(1)))] * (most - len(batches))
 
@@ -84,23 +86,29 @@ def _longest_first(rows: Sequence[Rows], sources: Int64Array, indices: Int64Arra
 
 def _without_weight(rows: Sequence[Rows], sources: Int64Array, indices: Int64Array) -> MicroBatch:
     """A micro-batch of a row of which nothing counts."""
-    (batch,) = _cut(rows, sources, indices, 1)
-    nothing = torch.full_like(batch.tensors["targets"], IGNORE_INDEX)
-    none = torch.empty(0, dtype=torch.int64)
-    return MicroBatch({**batch.tensors, "targets": nothing, "counted": none}, {POLICY: 0.0}, 0)
+    (batch,) = _cut(rows, sources, indices, np.zeros(1, np.int64), 1)
+    tensors = dict(batch.tensors)
+    tensors["targets"] = torch.full_like(tensors["targets"], IGNORE_INDEX)
+    tensors["trained"] = torch.zeros_like(tensors["trained"])
+    tensors["counted"] = torch.empty(0, dtype=torch.int64)
+    return MicroBatch(tensors, {POLICY: 0.0}, 0)
 
 
-def _cut(rows: Sequence[Rows], sources: Int64Array, indices: Int64Array, micro_sequences: int) -> list[MicroBatch]:
+def _cut(
+    rows: Sequence[Rows], sources: Int64Array, indices: Int64Array, positions: Int64Array, micro_sequences: int
+) -> list[MicroBatch]:
     chosen = [rows[source][index] for source, index in zip(sources.tolist(), indices.tolist(), strict=True)]
     ragged = any(source.ragged for source in rows)
-    return [_collate(chosen[i : i + micro_sequences], ragged) for i in range(0, len(chosen), micro_sequences)]
+    parts = [slice(i, i + micro_sequences) for i in range(0, len(chosen), micro_sequences)]
+    return [_collate(chosen[part], positions[part], ragged) for part in parts]
 
 
-def _collate(rows: Sequence[Row], ragged: bool) -> MicroBatch:
-    """Tensors int64 [len(rows), T] named as the fields of Row; the weight is the number of targets.
+def _collate(rows: Sequence[Row], positions: Int64Array, ragged: bool) -> MicroBatch:
+    """Tensors [len(rows), T] named as the fields of Row; the weight is the number of targets.
 
     `counted` [number of targets] says where they are in the flattened rows, so that a head need not compute
-    what does not count; found here, because to find it on a GPU the host would have to wait.
+    what does not count; found here, because to find it on a GPU the host would have to wait. `positions`
+    [len(rows)], of the rows in the order, is what noise is drawn from.
     Columns that are padding in all rows are cut off where they are ragged; packed rows keep one shape,
     which kernels and allocators are fastest with.
     """
@@ -112,4 +120,5 @@ def _collate(rows: Sequence[Row], ragged: bool) -> MicroBatch:
         stacked = {name: np.ascontiguousarray(array[:, :longest]) for name, array in stacked.items()}
     tensors = {name: torch.from_numpy(array) for name, array in stacked.items()}
     tensors["counted"] = torch.from_numpy(np.flatnonzero(stacked["targets"] != IGNORE_INDEX))
+    tensors["positions"] = torch.from_numpy(positions)
     return MicroBatch(tensors, {POLICY: float(len(tensors["counted"]))}, int(is_token.sum()))

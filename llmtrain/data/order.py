@@ -9,12 +9,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from llmtrain.data.counted_random import Int64Array, UInt64Array, splitmix64
 from llmtrain.data.hashing import derive_seed
-
-Int64Array = npt.NDArray[np.int64]
-UInt64Array = npt.NDArray[np.uint64]
 
 ROUNDS = 8  # of the Feistel network; four are the least that is indistinguishable from random in theory
 ROWS_IN_A_CYCLE = 1000
@@ -44,7 +41,7 @@ def permutation_index(index: Int64Array | int, n: int, seed: int, epoch: Int64Ar
     height = -(-n // width)
     value, epochs = np.broadcast_arrays(np.asarray(index, np.int64), np.asarray(epoch, np.int64))
     shape, value, epochs = value.shape, value.ravel(), epochs.ravel()
-    keys = _mix(_mix(epochs.astype(np.uint64)) ^ np.uint64(derive_seed(seed, "permutation", n)))
+    keys = splitmix64(splitmix64(epochs.astype(np.uint64)) ^ np.uint64(derive_seed(seed, "permutation", n)))
     value = _network(value, width, height, keys)
     while (outside := value >= n).any():
         value[outside] = _network(value[outside], width, height, keys[outside])
@@ -55,22 +52,13 @@ def _network(value: Int64Array, width: int, height: int, keys: UInt64Array) -> I
     """A bijection of range(width * height) for each key."""
     left, right = value.astype(np.uint64) // np.uint64(height), value.astype(np.uint64) % np.uint64(height)
     for number in range(ROUNDS):
-        round_keys = _mix(keys + np.uint64(number))
+        round_keys = splitmix64(keys + np.uint64(number))
         if number % 2:
-            right = (right + _mix(left ^ round_keys) % np.uint64(height)) % np.uint64(height)
+            right = (right + splitmix64(left ^ round_keys) % np.uint64(height)) % np.uint64(height)
         else:
-            left = (left + _mix(right ^ round_keys) % np.uint64(width)) % np.uint64(width)
+            left = (left + splitmix64(right ^ round_keys) % np.uint64(width)) % np.uint64(width)
     joined: Int64Array = (left * np.uint64(height) + right).astype(np.int64)
     return joined
-
-
-def _mix(x: UInt64Array) -> UInt64Array:
-    """splitmix64 (Steele, Lea and Flood, 2014): every bit of the result depends on every bit of x."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: UInt64Array = x ^ (x >> np.uint64(31))
-    return mixed
 
 
 class ShuffledOrder:

@@ -16,10 +16,11 @@ IGNORE_INDEX = -100  # a target that does not count; torch's own default
 PADDING = -1  # the document id of padding
 
 Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 class Row(NamedTuple):
-    """One row of T tokens; each field is int64 [T].
+    """One row of T tokens; each field is int64 [T], `trained` is bool [T].
 
     Attributes:
         input_ids: tokens, then padding.
@@ -27,12 +28,15 @@ class Row(NamedTuple):
         position_ids: from 0 at the start of the row, of each document and of the padding. Each 0 begins a
             document for the attention; padding of zeros alone would be a document a token.
         document_ids: 0 for the row's first document, 1 for its second, ...; PADDING in padding.
+        trained: whether the token at this place is one to predict: those that are the target of some place, here
+            or in the row before. A document's first token and what is only read are not.
     """
 
     input_ids: Int64Array
     targets: Int64Array
     position_ids: Int64Array
     document_ids: Int64Array
+    trained: BoolArray
 
 
 class Rows(Protocol):
@@ -109,6 +113,7 @@ class PlannedRows:
             row.targets[place : place + span - 1] = targets_of(self._corpus, start + 1, start + span)
             row.position_ids[here] = np.arange(num)
             row.document_ids[here] = document
+            row.trained[here] = trained_of(self._corpus, start, start + num)
             place += num
         row.position_ids[place:] = np.arange(self._length - place)
         return row
@@ -163,6 +168,7 @@ class PackedRows:
         row.position_ids[:num] = position - np.maximum.accumulate(position * is_start[:num])
         row.position_ids[num:] = np.arange(self._length - num)
         row.document_ids[:num] = np.cumsum(is_start[:num])
+        row.trained[:num] = trained_of(corpus, start, stop)
         return row
 
 
@@ -174,12 +180,24 @@ def targets_of(corpus: TokenCorpus, start: int, stop: int) -> Int64Array:
     return targets
 
 
+def trained_of(corpus: TokenCorpus, start: int, stop: int) -> BoolArray:
+    """Which of the tokens start to stop are ones to predict: bool, never a document's first."""
+    trained = np.ones(stop - start, np.bool_) if corpus.trained is None else corpus.trained[start:stop] != 0
+    first, last = np.searchsorted(corpus.document_ends, [start, stop], side="left")
+    begins = corpus.document_ends[first:last]  # documents that begin in [start, stop), but for the corpus's first
+    trained[begins - start] = False
+    if start == 0:
+        trained[:1] = False
+    return trained
+
+
 def _empty_row(sequence_length: int, pad_id: int) -> Row:
     return Row(
         np.full(sequence_length, pad_id, np.int64),
         np.full(sequence_length, IGNORE_INDEX, np.int64),
         np.empty(sequence_length, np.int64),
         np.full(sequence_length, PADDING, np.int64),
+        np.zeros(sequence_length, np.bool_),
     )
 
 

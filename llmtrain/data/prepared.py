@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +18,7 @@ from llmtrain.data.row_plan import PlanSettings, RowCounts, plan_rows, plan_stre
 from llmtrain.data.sources import describe
 from llmtrain.data.tokenizer import pad_id
 from llmtrain.errors import InputError
-from llmtrain.recipe.schema import Data, Recipe, Source
+from llmtrain.recipe.schema import DIFFUSION, Data, Recipe, Source
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ class Prepared:
 
 def plan_settings(recipe: Recipe) -> PlanSettings:
     """How the recipe's documents become rows."""
-    return PlanSettings(recipe.packing, recipe.overflow, recipe.sequence_length)
+    lookahead: Literal[0, 1] = 0 if isinstance(recipe.algorithm, DIFFUSION) else 1
+    return PlanSettings(recipe.packing, recipe.overflow, recipe.sequence_length, lookahead)
 
 
 def held_out_fraction(data: Data) -> float:

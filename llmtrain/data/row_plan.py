@@ -71,11 +71,17 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What decides how a corpus becomes rows."""
+    """What decides how a corpus becomes rows.
+
+    Attributes:
+        lookahead: tokens after a row's own that it predicts: 1 where each token predicts the next one, 0 where
+            tokens are predicted at their own places.
+    """
 
     packing: Packing
     overflow: Overflow
     sequence_length: int
+    lookahead: Literal[0, 1] = 1
 
 
 @dataclass(frozen=True)
@@ -188,16 +194,17 @@ def _pieces(corpus: TokenCorpus, first: int, last: int, settings: PlanSettings, 
     """The pieces of a block's documents that have a trained target; adds to the counts."""
     lengths = corpus.lengths(first, last)
     document_starts = corpus.document_ends[first:last] - lengths
-    # A piece of a row's length has the next token as its last target, so one more is no overflow.
-    most = settings.sequence_length + 1 if settings.packing != "documents" else int(lengths.max())
+    most = settings.sequence_length + settings.lookahead if settings.packing != "documents" else int(lengths.max())
     num = np.ones(len(lengths), np.int64)
     if settings.packing != "documents" and settings.overflow == "split":
-        num = np.maximum(1, -(-(lengths - 1) // settings.sequence_length))
+        num = np.maximum(1, -(-(lengths - settings.lookahead) // settings.sequence_length))
     document = np.repeat(np.arange(len(lengths)), num)
     offset = (np.arange(len(document)) - np.repeat(np.cumsum(num) - num, num)) * settings.sequence_length
     starts = document_starts[document] + offset
     spans = np.minimum(lengths[document] - offset, most)
-    trained = _count_trained(corpus, starts, spans)
+    # The first token of a piece is predicted by the piece before, or, without a look ahead, by this one.
+    own_first = ((offset > 0) & (settings.lookahead == 0)).astype(np.int64)
+    trained = _count_trained(corpus, starts - own_first, spans + own_first)
     of_document = np.add.reduceat(trained, np.cumsum(num) - num)
 
     is_long = (lengths > most) if num.max() == 1 else np.zeros(len(lengths), bool)
@@ -215,7 +222,9 @@ def _pieces(corpus: TokenCorpus, first: int, last: int, settings: PlanSettings, 
     counts.num_trained += int(trained.sum())
     if settings.packing == "documents":
         kept = np.ones(len(kept), bool)
-    counts.num_tokens += int(np.minimum(spans, most - 1 if settings.packing != "documents" else most)[kept].sum())
+    counts.num_tokens += int(
+        np.minimum(spans, settings.sequence_length if settings.packing != "documents" else most)[kept].sum()
+    )
     if len(empty) and counts.first_empty is None:
         counts.first_empty = first + int(empty[0])
     return _Pieces(starts[kept], spans[kept])
@@ -243,5 +252,5 @@ def empty_documents(corpus: TokenCorpus, settings: PlanSettings) -> Iterator[int
         lengths = corpus.lengths(first, last)
         starts = corpus.document_ends[first:last] - lengths
         is_cut = settings.packing != "documents" and settings.overflow == "truncate"
-        spans = np.minimum(lengths, settings.sequence_length + 1) if is_cut else lengths
+        spans = np.minimum(lengths, settings.sequence_length + settings.lookahead) if is_cut else lengths
         yield from (first + np.flatnonzero(_count_trained(corpus, starts, spans) == 0)).tolist()

@@ -1,8 +1,10 @@
 """Tokenizers: trained by sentencepiece or loaded, always used as Hugging Face fast tokenizers."""
 
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,10 @@ def load_tokenizer(path: str, revision: str | None = None, gguf_file: str | None
         raise InputError(message, where=path, remedy="correct the path")
     gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            expanded, revision=revision or "main", trust_remote_code=False, **gguf
-        )
+        with _unknown_models_allowed():
+            tokenizer = AutoTokenizer.from_pretrained(
+                expanded, revision=revision or "main", trust_remote_code=False, **gguf
+            )
     except ImportError as error:
         remedy = "install it; for GGUF files: python -m pip install 'llmtrain[gguf]'"
         raise InputError(f"needs a package that is not installed: {error}", where=path, remedy=remedy) from error
@@ -47,6 +50,21 @@ def load_tokenizer(path: str, revision: str | None = None, gguf_file: str | None
             "read; without a network, a local one",
         ) from error
     return checked(tokenizer, path)
+
+
+@contextmanager
+def _unknown_models_allowed() -> Iterator[None]:
+    """Without transformers' warning where the model beside a tokenizer is none of its own, such as LLaDA."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "You are using a model of type" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.configuration_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def checked(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:

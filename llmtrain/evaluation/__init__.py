@@ -1,1 +1,1 @@
-"""What a trained model can do: perplexity on texts, answers to questions, tasks of lm-eval."""
+"""What a trained model can do: perplexity on texts, answers and choices, tasks of lm-eval."""

@@ -6,16 +6,24 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from llmtrain import __version__
 from llmtrain.errors import InputError, TrainingError
-from llmtrain.evaluation import harness, perplexity, questions
+from llmtrain.evaluation import choices, harness, perplexity, questions
 from llmtrain.evaluation.figures import Figure
-from llmtrain.evaluation.tasks import ExactMatch, LMEval, LoadedTask, Math, Perplexity, load_task
+from llmtrain.evaluation.tasks import (
+    ExactMatch,
+    LMEval,
+    LoadedTask,
+    Math,
+    MultipleChoice,
+    Perplexity,
+    load_task,
+)
 from llmtrain.models.saved import Saved
 from llmtrain.recipe.problems import Problem, RecipeError
 from llmtrain.sampling.command import ModelChoice
@@ -102,15 +110,20 @@ def _run(loaded: LoadedTask, saved: Saved, options: Options) -> tuple[dict[str, 
             return perplexity.measure(loaded, task, saved, options.limit, options.batch_tokens)
         case ExactMatch() | Math() as task:
             return questions.ask(loaded, task, saved, options.limit, options.batch_tokens)
+        case MultipleChoice() as task:
+            return choices.ask(loaded, task, saved, options.limit, options.batch_tokens)
         case LMEval() as task:
             return harness.run(loaded, task, saved, options.limit)
 
 
 def _show(results: Sequence[_Result]) -> None:
-    rows = [
-        (result.loaded.name, name, *_numbers(figure)) for result in results for name, figure in result.figures.items()
-    ]
-    print_table(_HEADER, rows, right=_HEADER[2:])
+    figures = [(result.loaded.name, name, figure) for result in results for name, figure in result.figures.items()]
+    rows = [(task, name, *_numbers(figure)) for task, name, figure in figures]
+    if not any(figure.note for _, _, figure in figures):
+        print_table(_HEADER, rows, right=_HEADER[2:])
+        return
+    noted = [(*row, figure.note) for row, (_, _, figure) in zip(rows, figures, strict=True)]
+    print_table((*_HEADER, "note"), noted, right=_HEADER[2:])
 
 
 def _numbers(figure: Figure) -> tuple[str, str, str]:
@@ -137,6 +150,7 @@ def _summary(results: Sequence[_Result], saved: Saved, options: Options) -> dict
         "base": location.base,
         "dtype": str(saved.decoder.dtype).removeprefix("torch."),
         "device": str(saved.device),
+        **({} if saved.diffusion is None else {"diffusion": asdict(saved.diffusion)}),
         "limit": options.limit,
         "versions": {"llmtrain": __version__, **{name: version(name) for name in ("torch", "transformers")}},
         "tasks": {
@@ -151,13 +165,14 @@ def _summary(results: Sequence[_Result], saved: Saved, options: Options) -> dict
     }
 
 
-def _plain(figure: Figure) -> dict[str, float | int | None]:
+def _plain(figure: Figure) -> dict[str, float | int | str | None]:
     """As JSON has it, which knows no NaN."""
-    return {
+    plain: dict[str, float | int | str | None] = {
         "value": figure.value if math.isfinite(figure.value) else None,
         "stderr": figure.stderr,
         "rows": figure.rows,
     }
+    return {**plain, "note": figure.note} if figure.note else plain
 
 
 @contextmanager

@@ -8,11 +8,15 @@ import numpy as np
 
 
 class Figure(NamedTuple):
-    """A figure, its standard error (None where there is none, as of a single row), and the rows that it is of."""
+    """A figure, its standard error (None where there is none, as of a single row), and the rows that it is of.
+
+    `note` is what else has to be known to compare it, such as that it is a bound.
+    """
 
     value: float
     stderr: float | None
     rows: int
+    note: str = ""
 
 
 def mean(values: Sequence[float]) -> Figure:
@@ -42,4 +46,4 @@ def ratio(sums: Sequence[float], weights: Sequence[float]) -> Figure:
 def exponential(figure: Figure) -> Figure:
     """exp of a figure, with the error that follows to first order."""
     value = math.exp(min(figure.value, 700.0))  # it overflows beyond 709
-    return Figure(value, None if figure.stderr is None else value * figure.stderr, figure.rows)
+    return Figure(value, None if figure.stderr is None else value * figure.stderr, figure.rows, figure.note)

@@ -15,14 +15,10 @@ def run(
     """lm-eval's figures, named task/metric (task/metric,filter where it filters), and its samples.
 
     Raises:
-        InputError: lm-eval is not installed, or has no such task, or the model has virtual tokens.
+        InputError: lm-eval is not installed, or has no such task, or the model has virtual tokens
+            or is a diffusion model.
     """
-    if saved.virtual is not None:
-        raise InputError(
-            "lm-eval does not see the learnt tokens that this adapter puts before the text",
-            where=loaded.where("kind"),
-            remedy="use kind exact_match or perplexity",
-        )
+    _check_model(loaded, saved)
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -65,6 +61,21 @@ def run(
         for name, samples in results["samples"].items()
         for sample in samples
     ]
+
+
+def _check_model(loaded: LoadedTask, saved: Saved) -> None:
+    if saved.diffusion is not None:
+        raise InputError(
+            "lm-eval takes every model for an autoregressive one, and this is a diffusion model",
+            where=loaded.where("kind"),
+            remedy="use kind multiple_choice, perplexity or exact_match",
+        )
+    if saved.virtual is not None:
+        raise InputError(
+            "lm-eval does not see the learnt tokens that this adapter puts before the text",
+            where=loaded.where("kind"),
+            remedy="use kind exact_match or perplexity",
+        )
 
 
 def _directory(loaded: LoadedTask, path: str) -> Any:

@@ -7,15 +7,16 @@ from typing import Any
 
 from llmtrain.data.progress import row_progress
 from llmtrain.data.records import Record
-from llmtrain.errors import InputError, nearest
+from llmtrain.errors import InputError
 from llmtrain.evaluation.answers import equals, find, find_mathematics, mathematically_equals
+from llmtrain.evaluation.asking import ask_about, field_of, filled, read_examples
 from llmtrain.evaluation.figures import Figure, mean
 from llmtrain.evaluation.tasks import ExactMatch, LoadedTask, Math
-from llmtrain.evaluation.templates import fields_of, fill
 from llmtrain.models.saved import Saved
-from llmtrain.sampling.batched import Completion, Request, Sampling, TextGenerator
-from llmtrain.sampling.prompts import check_chat_template, check_messages, encode_messages, encode_text, end_ids
+from llmtrain.sampling.batched import Completion, Request, Sampling
+from llmtrain.sampling.generators import Generator, text_generator
 from llmtrain.sampling.rows import read_rows
+from llmtrain.sampling.samplers import Asked
 
 Task = ExactMatch | Math
 
@@ -39,11 +40,11 @@ def ask(
     """
     with loaded.errors_located("data"):
         rows = read_rows(loaded.beside(task.data), loaded.where("data"))[:limit]
-    examples = _examples(loaded, task)
+    examples = read_examples(loaded, task)
     questions = [_question(loaded, task, saved, row, examples) for row in rows]
     correct = [_scorer(loaded, task, question.right) for question in questions]
     sampling = Sampling(task.max_new_tokens, task.temperature, task.top_p, task.seed, tuple(task.stop))
-    generator = TextGenerator(saved, end_ids(saved), sampling, batch_tokens)
+    generator = _generator(loaded, task, saved, sampling, batch_tokens)
     _check_lengths(saved, generator, rows, questions)
     answers = _answers(loaded, task, generator, questions)
     records = [
@@ -52,8 +53,21 @@ def ask(
     return _figures(task, records), records
 
 
+def _generator(loaded: LoadedTask, task: Task, saved: Saved, sampling: Sampling, batch_tokens: int) -> Generator:
+    asked = Asked() if task.diffusion is None or saved.diffusion is None else Asked(**task.diffusion.model_dump())
+    try:
+        return text_generator(saved, sampling, asked, batch_tokens)
+    except InputError as error:  # it names an option of the command line
+        key = (error.where or "").removeprefix("--").replace("-", "_")
+        raise InputError(
+            error.message,
+            where=loaded.where(f"diffusion.{key}"),
+            remedy="leave it out, or use a model or sampler that it is for",
+        ) from None
+
+
 def _answers(
-    loaded: LoadedTask, task: Task, generator: TextGenerator, questions: Sequence[_Question]
+    loaded: LoadedTask, task: Task, generator: Generator, questions: Sequence[_Question]
 ) -> list[list[Completion]]:
     requests = [
         Request(question.ids, index, sample)
@@ -119,10 +133,8 @@ def _scorer(loaded: LoadedTask, task: Task, right: Sequence[str]) -> Callable[[s
         return mathematically_equals(right)
 
 
-def _check_lengths(
-    saved: Saved, generator: TextGenerator, rows: Sequence[Record], questions: Sequence[_Question]
-) -> None:
-    long = [index for index, question in enumerate(questions) if generator.room(len(question.ids)) <= 0]
+def _check_lengths(saved: Saved, generator: Generator, rows: Sequence[Record], questions: Sequence[_Question]) -> None:
+    long = [index for index, question in enumerate(questions) if not generator.fits(question.ids)]
     if long:
         raise InputError(
             f"{len(long)} of {len(rows)} prompts do not fit the model's window of {saved.window} tokens; "
@@ -132,73 +144,20 @@ def _check_lengths(
         )
 
 
-# ----------------------------------------------------------------------------------- prompts
-
-
-def _examples(loaded: LoadedTask, task: Task) -> list[Record]:
-    if task.fewshot is None:
-        return []
-    with loaded.errors_located("fewshot.data"):
-        rows = read_rows(loaded.beside(task.fewshot.data), loaded.where("fewshot.data"))
-    if len(rows) < task.fewshot.num:
-        raise InputError(
-            f"{task.fewshot.num} examples, and {task.fewshot.data} has {len(rows)}",
-            where=loaded.where("fewshot.num"),
-            remedy=f"use {len(rows)} or fewer",
-        )
-    return rows[: task.fewshot.num]
-
-
 def _question(loaded: LoadedTask, task: Task, saved: Saved, row: Record, examples: Sequence[Record]) -> _Question:
     right = _right_answers(loaded, task, row)
-    examples = [example for example in examples if example.fields != row.fields]  # or it would be told its own answer
-    if task.messages is None and not task.chat:
-        texts = [_prompt(loaded, task, example) + _target(loaded, task, example) for example in examples]
-        text = task.separator.join([*texts, _prompt(loaded, task, row)])
-        return _Question(encode_text(saved.tokenizer, text, row.where), text, right)
-    messages = [{"role": "system", "content": task.system}] if task.system is not None else []
-    for example in examples:
-        messages += _conversation(loaded, task, example, answered=True)
-    messages += _conversation(loaded, task, row, answered=False)
-    check_chat_template(saved, loaded.where("messages" if task.messages else "chat"), "ask by prompt, without chat")
-    check_messages(messages, row.where)
-    return _Question(encode_messages(saved.tokenizer, messages, row.where), messages, right)
-
-
-def _conversation(loaded: LoadedTask, task: Task, row: Record, *, answered: bool) -> list[Any]:
-    if task.messages is not None:
-        messages = _field(loaded, row, task.messages, "messages")
-        if not isinstance(messages, list) or not messages:
-            raise InputError(
-                f"field {task.messages!r} is no list of messages", where=row.where, remedy="name another field"
-            )
-        if answered:
-            return messages
-        last = messages[-1]
-        return messages[:-1] if isinstance(last, dict) and last.get("role") == "assistant" else messages
-    asked = [{"role": "user", "content": _prompt(loaded, task, row)}]
-    return [*asked, {"role": "assistant", "content": _target(loaded, task, row).strip()}] if answered else asked
-
-
-def _prompt(loaded: LoadedTask, task: Task, row: Record) -> str:
-    assert task.prompt is not None
-    return _filled(loaded, row, task.prompt, "prompt")
+    asked = ask_about(loaded, task, saved, row, examples, lambda example: _target(loaded, task, example))
+    return _Question(asked.ids, asked.shown, right)
 
 
 def _target(loaded: LoadedTask, task: Task, row: Record) -> str:
     if task.target is not None:
-        return _filled(loaded, row, task.target, "target")
+        return filled(loaded, row, task.target, "target")
     return f" {_right_answers(loaded, task, row)[0]}"
 
 
-def _filled(loaded: LoadedTask, row: Record, template: str, key: str) -> str:
-    for name in fields_of(template):
-        _field(loaded, row, name, key)
-    return fill(template, row.fields)
-
-
 def _right_answers(loaded: LoadedTask, task: Task, row: Record) -> list[str]:
-    given = _field(loaded, row, task.answer, "answer")
+    given = field_of(loaded, row, task.answer, "answer")
     answers = given if isinstance(given, list) else [given]
     if not answers or any(isinstance(a, bool) or not isinstance(a, str | int | float) for a in answers):
         raise InputError(
@@ -214,13 +173,3 @@ def _right_answers(loaded: LoadedTask, task: Task, row: Record) -> list[str]:
             remedy=f"correct the row, or the pattern at {loaded.where('answer_extract')}",
         )
     return [answer for answer in found if answer is not None]
-
-
-def _field(loaded: LoadedTask, row: Record, name: str, key: str) -> Any:
-    if name not in row.fields:
-        raise InputError(
-            f"no field {name!r}; fields there: {', '.join(row.fields)}{nearest(name, row.fields)}",
-            where=row.where,
-            remedy=f"add it to the row, or name another at {loaded.where(key)}",
-        )
-    return row.fields[name]

@@ -10,17 +10,21 @@ import yaml
 from llmtrain import __version__
 from llmtrain.data.sources import describe
 from llmtrain.errors import InputError
+from llmtrain.models.diffusion import Diffusion
 from llmtrain.models.saved import Location
 from llmtrain.models.weights import BELOW
 from llmtrain.observe.metrics import read_metrics
 from llmtrain.recipe.loading import load_recipe
 from llmtrain.recipe.resolved import RESOLVED
+from llmtrain.recipe.schema import Diffusion as Settings
 from llmtrain.recipe.schema import ModelFromGGUF, ModelFromPretrained, Recipe
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
-def card(location: Location, name: str, dtype: str, command: str, *, merged: bool) -> str:
+def card(
+    location: Location, name: str, dtype: str, command: str, *, merged: bool, diffusion: Diffusion | None = None
+) -> str:
     """README.md of an exported model.
 
     Args:
@@ -29,6 +33,7 @@ def card(location: Location, name: str, dtype: str, command: str, *, merged: boo
         dtype: of the weights.
         command: that exported it.
         merged: an adapter's weights are in its base's now.
+        diffusion: how it is sampled, where it is no autoregressive model.
     """
     recipe = None if location.run is None else _recipe(location.run)
     base = location.base or _base(recipe)
@@ -45,14 +50,16 @@ def card(location: Location, name: str, dtype: str, command: str, *, merged: boo
         "tags": tags,
     }
     front = yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False)
-    parts = [f"---\n{front}---\n# {name}", _what(location, base, dtype, merged=merged)]
+    parts = [f"---\n{front}---\n# {name}", _what(location, base, dtype, diffusion, merged=merged)]
+    if diffusion is not None:
+        parts.append(_sampling(diffusion, name))
     if location.run is not None and recipe is not None:
         parts += _training(location.run, recipe)
     parts.append(f"## Made by\n\nllmtrain {__version__}:\n\n```\n{command}\n```")
     return "\n\n".join(parts) + "\n"
 
 
-def _what(location: Location, base: str | None, dtype: str, *, merged: bool) -> str:
+def _what(location: Location, base: str | None, dtype: str, diffusion: Diffusion | None, *, merged: bool) -> str:
     if merged:
         text = f"An adapter merged into its base model {base}; the merged logits were compared with the two apart."
     elif location.is_adapter:
@@ -60,8 +67,30 @@ def _what(location: Location, base: str | None, dtype: str, *, merged: bool) -> 
         if any(Path(location.path).glob(f"{BELOW}*")):
             text += f" It was trained on that model with the adapters in {BELOW}0, ... merged into it, in this order."
     else:
-        text = "A causal language model" + (f", trained from {base}." if base else ".")
+        kind = "causal" if diffusion is None else "diffusion"
+        text = f"A {kind} language model" + (f", trained from {base}." if base else ".")
     return f"{text} Weights: {dtype}, safetensors."
+
+
+def _sampling(diffusion: Diffusion, name: str) -> str:
+    """How a diffusion model is used, for those who have its files and not llmtrain."""
+    predicts = "row i - 1 of the logits predicts token i" if diffusion.shift else "row i of the logits predicts token i"
+    masked = f"Masked tokens are id {diffusion.mask_token_id}, which is never predicted itself"
+    match diffusion.process:
+        case "masked":
+            text = f"Masked diffusion: attention sees the whole text. {masked}; {predicts}."
+        case "block":
+            first = " (the first of a block: of the row before it among the finished tokens)" if diffusion.shift else ""
+            text = (
+                f"Block diffusion: attention sees a token's own block of {diffusion.block_size} tokens and the blocks "
+                f"before it, counted from the start of the text. {masked}; {predicts}{first}."
+            )
+        case "uniform":
+            text = f"Diffusion with uniform noise: attention sees the whole text, and {predicts}, before noise."
+    return (
+        f"## Sampling\n\n{text}\nCausal generation, as transformers' generate does it, does not work with it. "
+        f"llmtrain knows how to attend by the model's own files:\n\n```\nllmtrain generate {name} --prompt '...'\n```"
+    )
 
 
 def _training(run: Path, recipe: Recipe) -> list[str]:
@@ -71,7 +100,9 @@ def _training(run: Path, recipe: Recipe) -> list[str]:
     figures = _last_evaluation(run)
     if figures:
         rows = "\n".join(f"| {key} | {value:.6g} |" for key, value in figures.items())
-        parts.append(f"## Held-out figures\n\nOf the run's last evaluation:\n\n| figure | value |\n|---|---|\n{rows}")
+        bounds = ", upper bounds" if isinstance(recipe.algorithm, Settings) else ""
+        title = f"## Held-out figures\n\nOf the run's last evaluation{bounds}:"
+        parts.append(f"{title}\n\n| figure | value |\n|---|---|\n{rows}")
     text = (run / RESOLVED).read_text(encoding="utf-8")
     resolved = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     parts.append(f"## Recipe\n\n`llmtrain train` with:\n\n```yaml\n{resolved}\n```")

@@ -6,23 +6,26 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import typer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmtrain.directories import check_new, new_directory
 from llmtrain.errors import InputError, TrainingError
 from llmtrain.export.card import card
-from llmtrain.models.hub import load_weights
+from llmtrain.models.diffusion import save_diffusion
+from llmtrain.models.hub import known_diffusion, load_weights, open_config
+from llmtrain.models.llada import save_llada
 from llmtrain.models.merging import CAST_BOUND, difference, merge, probe, probe_rows
 from llmtrain.models.saved import DTYPES, Location, Saved, load_located, locate
 from llmtrain.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BELOW
 
-_SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB|TB|KiB|MiB|GiB|TiB)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,14 @@ class Options:
         merge: put an adapter into its base's weights.
         base: of an adapter, in place of the model that it names.
         max_shard_size: of a weights file.
+        layout: names of the parameters and the configuration: transformers', or LLaDA's published one.
     """
 
     dtype: str = "auto"
     merge: bool = True
     base: str | None = None
     max_shard_size: str = "5GB"
+    layout: Literal["transformers", "llada"] = "transformers"
 
     def command(self, model: str, output: Path) -> str:
         """The command line that means these options."""
@@ -47,6 +52,7 @@ class Options:
         parts += [] if self.dtype == "auto" else ["--dtype", self.dtype]
         parts += [] if self.merge else ["--no-merge"]
         parts += [] if self.base is None else ["--base", self.base]
+        parts += [] if self.layout == "transformers" else ["--layout", self.layout]
         return shlex.join(parts)
 
 
@@ -57,19 +63,29 @@ def export(model: str, output: Path, options: Options) -> None:
         InputError: no model there, an adapter that cannot be merged, or an output that is not empty.
         TrainingError: the merged or cast model computes something else, or the disk is full.
     """
-    if not _SIZE.fullmatch(options.max_shard_size):
-        raise InputError(f"{options.max_shard_size!r} is no size", where="--max-shard-size", remedy="such as 5GB")
+    _bytes(options.max_shard_size)
     location = locate(model, options.base)
     check_new(output)
     merged = location.is_adapter and options.merge
+    if location.is_adapter and not merged and options.layout != "transformers":
+        raise InputError("an adapter alone has peft's layout", where="--layout", remedy="leave out --no-merge")
     with Console(stderr=True).status(f"exporting {location.path}"), new_directory(output) as aside:
         if location.is_adapter and not merged:
             dtype = _write_adapter(location, aside, options)
         else:
             dtype = _write_model(location, aside, options)
-        text = card(location, output.absolute().name, dtype, options.command(model, output), merged=merged)
+        diffusion = known_diffusion(str(aside), str(aside))
+        name, command = output.absolute().name, options.command(model, output)
+        text = card(location, name, dtype, command, merged=merged, diffusion=diffusion)
         (aside / "README.md").write_text(text, encoding="utf-8")
     typer.echo(f"{output}: {'merged, ' if merged else ''}{dtype}; what it is stands in its README.md")
+
+
+def _bytes(size: str) -> int:
+    found = _SIZE.fullmatch(size)
+    if found is None:
+        raise InputError(f"{size!r} is no size", where="--max-shard-size", remedy="such as 5GB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMGT".index(found[2].upper())))
 
 
 def _write_model(location: Location, directory: Path, options: Options) -> str:
@@ -77,15 +93,22 @@ def _write_model(location: Location, directory: Path, options: Options) -> str:
     dtype = DTYPES.get(options.dtype) or _dtype_of(location.base or location.path)
     # float32, because what an update adds to a weight in bf16 is mostly rounded away
     saved = load_located(location, dtype="float32")
+    diffusion = saved.diffusion
+    if diffusion is not None:  # so that transformers' own forward attends both ways where ours does
+        saved.decoder.config.is_causal = diffusion.process == "block"
     rows = probe_rows(saved.decoder)
     if location.is_adapter:
         decoder, reference = merge(saved, rows)
     else:
-        decoder, reference = saved.decoder, probe(saved.decoder, rows)
-    _save(saved, decoder.to(dtype), directory, options.max_shard_size)
+        decoder, reference = saved.decoder, probe(saved.decoder, rows, diffusion)
+    if options.layout == "llada":
+        save_llada(decoder.to(dtype), diffusion, saved.tokenizer, directory, _bytes(options.max_shard_size))
+    else:
+        _save(saved, decoder.to(dtype), directory, _bytes(options.max_shard_size))
     name = str(dtype).removeprefix("torch.")
     del decoder, saved  # two of them in memory are enough
-    error = difference(probe(load_weights(str(directory), str(directory), dtype=torch.float32), rows), reference)
+    written = load_weights(str(directory), str(directory), dtype=torch.float32)
+    error = difference(probe(written, rows, diffusion), reference)
     if error > CAST_BOUND[dtype]:
         raise TrainingError(
             f"written as {name}, the model's logits differ by {error:.2g} of their size (at most {CAST_BOUND[dtype]:g} "
@@ -95,14 +118,21 @@ def _write_model(location: Location, directory: Path, options: Options) -> str:
 
 
 def _dtype_of(path: str) -> torch.dtype:
-    dtype = AutoConfig.from_pretrained(path).dtype
+    dtype = open_config(path, path).dtype
     return dtype if dtype in CAST_BOUND else torch.float32
 
 
-def _save(saved: Saved, decoder: PreTrainedModel, directory: Path, max_shard_size: str) -> None:
+def _save(saved: Saved, decoder: PreTrainedModel, directory: Path, max_shard_size: int) -> None:
     decoder.config.use_cache = True
     decoder.save_pretrained(directory, max_shard_size=max_shard_size)
+    _save_beside(saved, directory)
+
+
+def _save_beside(saved: Saved, directory: Path) -> None:
+    """What the weights do not tell."""
     saved.tokenizer.save_pretrained(directory)
+    if saved.diffusion is not None:
+        save_diffusion(saved.diffusion, directory)
 
 
 def _write_adapter(location: Location, directory: Path, options: Options) -> str:
@@ -121,7 +151,7 @@ def _write_adapter(location: Location, directory: Path, options: Options) -> str
         local = Path(options.base).expanduser()
         config["base_model_name_or_path"] = str(local.resolve()) if local.is_dir() else options.base
     (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    saved.tokenizer.save_pretrained(directory)
+    _save_beside(saved, directory)
     for below in source.glob(f"{BELOW}*"):  # adapters that it stands on, to be merged before it
         shutil.copytree(below, directory / below.name)
     return str(next(iter(tensors.values())).dtype).removeprefix("torch.")

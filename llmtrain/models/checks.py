@@ -1,4 +1,4 @@
-"""Three truths about an architecture, checked on a few tokens before any training.
+"""Truths about an architecture, checked on a few tokens before any training.
 
 transformers has about two hundred decoders; some scale or cap their logits after the head, some
 carry state past a document's end, some are encoders that see the token they predict. Training one of
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmtrain.distributed import lost_ranks_told
 from llmtrain.errors import InputError
+from llmtrain.models.attention import Visible, within
 from llmtrain.models.decoder import Decoder
 
 # Twice what float32 rounding does to hidden states of order one in a deep model; a real difference
@@ -43,9 +44,9 @@ class Asked:
     def vocabulary(self) -> int:
         return int(self.decoder.hf.config.vocab_size)
 
-    def hidden(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, positions: Tensor | None = None, visible: Visible | None = None) -> Tensor:
         """Hidden states [1, T, D] in float32."""
-        states: Tensor = self.model(ids.to(self.device), positions, lambda hidden, head: hidden)
+        states: Tensor = self.model(ids.to(self.device), positions, lambda hidden, head: hidden, visible)
         return states.float()
 
     def differ(self, a: Tensor, b: Tensor) -> bool:
@@ -90,6 +91,40 @@ def check_causality(asked: Asked) -> None:
             f"{asked.kind} sees the tokens that it is to predict: its attention is not causal",
             where="model",
             remedy="choose a decoder; for an encoder such as bert set model.config.is_decoder: true",
+        )
+
+
+@torch.no_grad()
+def check_attends_as_told(asked: Asked) -> None:
+    """Raises InputError where hidden states are not functions of just the tokens that a predicate makes visible.
+
+    Asked with two documents of a row, bidirectional in each: a token has to change with the last one of its
+    own document, and must not change with the other document.
+    """
+    ids = torch.arange(8).unsqueeze(0) % asked.vocabulary
+    other = ids.clone()
+    other[:, 3] = (other[:, 3] + asked.vocabulary // 2) % asked.vocabulary
+    document = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]], device=asked.device)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=asked.device)
+    remedy = "diffusion needs attention that takes a mask; choose a decoder such as llama, qwen3 or olmo2"
+    try:
+        with lost_ranks_told():
+            before, after = (asked.hidden(tokens, positions, within(document)) for tokens in (ids, other))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, AssertionError) as error:  # of code that counts on a mask of another shape
+        raise InputError(
+            f"{asked.kind} takes no mask that says who attends to whom: {type(error).__name__}: {error}",
+            where="model",
+            remedy=remedy,
+        ) from error
+    seen = all(bool((before[:, place] != after[:, place]).any()) for place in range(4))
+    if not seen or asked.differ(before[:, 4:], after[:, 4:]):
+        what = "sees another document" if seen else "does not see those after it"
+        raise InputError(
+            f"{asked.kind} does not attend as it is told: a token {what}",
+            where="model",
+            remedy=remedy,
         )
 
 

@@ -4,10 +4,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from llmtrain.errors import InputError
+from llmtrain.models.attention import Visible, as_mask
 from llmtrain.models.inputs import Prefix, VirtualTokens, neftune_noise
 
 T = TypeVar("T")
@@ -44,7 +46,14 @@ class Decoder(nn.Module):
         hf.config.use_cache = False
         self._takes_positions = "position_ids" in inspect.signature(hf.base_model.forward).parameters
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None, head: HeadFunction[T] | None) -> T | Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        head: HeadFunction[T] | None,
+        visible: Visible | None = None,
+        cache: Cache | None = None,
+    ) -> T | Tensor:
         """Applies `head` to the hidden states.
 
         Args:
@@ -54,6 +63,10 @@ class Decoder(nn.Module):
                 architectures without positions (see `check_document_isolation`).
             head: called with hidden states [B, T, D] and the head's module. None gives the logits
                 that transformers' own forward makes of one document a row: for checks.
+            visible: what each token attends to, where that is not what is before it in its document
+                (`models/attention.py`); `position_ids` are then positions and nothing else.
+            cache: with `visible`: keys and values of the tokens before these, which it counts too. Those of
+                these tokens are added.
         """
         if head is None:
             inputs, places = self._inputs(input_ids, None)
@@ -61,7 +74,15 @@ class Decoder(nn.Module):
         inputs, places = self._inputs(input_ids, position_ids)
         # No attention mask: with one given, transformers no longer looks at the restarts. Causal
         # attention never sees padding on the right.
-        output = self.hf.base_model(**inputs, attention_mask=None, use_cache=False)
+        mask = None
+        if visible is not None:
+            assert self.prompt is None, "the schema forbids it: a predicate counts the row's own tokens"
+            kernel, (rows, length) = self.hf.config._attn_implementation, input_ids.shape
+            cached = 0 if cache is None else cache.get_seq_length()
+            mask = as_mask(kernel, visible, rows, length, input_ids.device, self._compute_dtype(), cached)
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        output = self.hf.base_model(**inputs, attention_mask=mask, use_cache=cache is not None)
         return head(_at(places, output.last_hidden_state), self.hf.get_output_embeddings())
 
     def _inputs(self, input_ids: Tensor, position_ids: Tensor | None) -> tuple[dict[str, Any], Tensor | None]:
@@ -85,6 +106,10 @@ class Decoder(nn.Module):
             inputs["position_ids"] = with_prompt.positions
         return {"inputs_embeds": with_prompt.embeddings, **inputs}, with_prompt.places
 
+    def _compute_dtype(self) -> torch.dtype:
+        kind = self.hf.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.hf.dtype
+
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order: what is compiled, recomputed or sharded as a unit."""
         names = set(self.hf._no_split_modules or ())
@@ -101,15 +126,23 @@ class Decoder(nn.Module):
 
     def num_matmul_parameters(self) -> int:
         """Parameters that multiply activations: all but an input embedding that is no head as well."""
-        embedding, head = self.hf.get_input_embeddings().weight, self.hf.get_output_embeddings().weight
+        embedding, head = self._matrices()
         return self.num_parameters() - (0 if embedding is head else embedding.numel())
 
     def num_frozen_matmul_parameters(self) -> int:
         """Of these, the ones that are not trained: backward computes no gradient of theirs."""
-        embedding, head = self.hf.get_input_embeddings().weight, self.hf.get_output_embeddings().weight
+        embedding, head = self._matrices()
         frozen = [parameter for parameter in self.parameters() if not parameter.requires_grad]
         only_looked_up = 0 if embedding is head or embedding.requires_grad else embedding.numel()
         return sum(parameter.numel() for parameter in frozen) - only_looked_up
+
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        """Of the embedding and of the head; of an adapter that trains single rows, what they are put into."""
+        modules = (self.hf.get_input_embeddings(), self.hf.get_output_embeddings())
+        embedding, head = (
+            m.weight if isinstance(m.weight, nn.Parameter) else max(m.parameters(), key=Tensor.numel) for m in modules
+        )
+        return embedding, head
 
     def attention_width(self) -> int:
         """Heads times their dimension, 0 without attention: what the attention FLOPs are counted from."""

@@ -33,5 +33,19 @@ def with_new_rows(model: PreTrainedModel, new: range) -> PreTrainedModel:
     return model
 
 
+def bare_head(model: PreTrainedModel, mask_row: int) -> None:
+    """Takes the mask's row that an adapter trains out of a head that is tied to the embedding; peft puts it in both.
+
+    Nothing changes by it, since the mask itself has no probability, whatever the head's row for it is.
+    """
+    from peft.utils.other import TrainableTokensWrapper  # here, because peft takes a second to import
+
+    head = model.get_output_embeddings()
+    if not isinstance(head, TrainableTokensWrapper):
+        return
+    if all(set(rows) == {mask_row} for rows in head.token_adapter.token_indices.values()):
+        model.set_output_embeddings(head.original_module)
+
+
 def fill_new_rows(rows: Tensor, new: range) -> None:
     rows[new.start : new.stop] = rows[: new.start].float().mean(0).to(rows.dtype)

@@ -3,15 +3,11 @@
 import copy
 import logging
 import os
-import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,26 +16,30 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from llmtrain.data.tokenizer import num_ids
 from llmtrain.errors import InputError, nearest
+from llmtrain.models import llada
 from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.decoder import Decoder, config_field
+from llmtrain.models.diffusion import FILE as DIFFUSION_FILE
+from llmtrain.models.diffusion import Diffusion, load_diffusion
 from llmtrain.models.growth import rows_of_tokens, with_new_rows
 from llmtrain.models.quantised import in_four_bits
-from llmtrain.models.weights import find_weights, is_converted
+from llmtrain.models.refusals import LOADABLE, as_input_error
+from llmtrain.models.rope import check_rope_type, rope_warnings_as_errors, stretch_rope
+from llmtrain.models.weights import cached, find_weights, is_converted
 from llmtrain.recipe.schema import (
+    DIFFUSION,
     SFT,
     Model,
     ModelFromConfig,
     ModelFromGGUF,
     ModelFromPretrained,
     Recipe,
-    SentencePieceTokenizer,
 )
 
 log = logging.getLogger(__name__)
@@ -55,52 +55,41 @@ MODEL_DTYPE = {
 }
 # Fields of every config that keys of the recipe set, and that would be overruled in silence.
 SET_ELSEWHERE = {"model_type": "model.architecture", "dtype": "precision"}
-LOADABLE = "name a directory with config.json and *.safetensors, a .gguf file, or, with a network, a hub model"
-ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
-# What it raises for a config or for files that are wrong; it looks at few of the values that it takes.
-TRANSFORMERS_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    ImportError,
-    ZeroDivisionError,
-    struct.error,
-    TypeError,
-    AttributeError,
-    RecursionError,
-    AssertionError,  # of torch's modules, for sizes
-    StrictDataclassError,
-    SafetensorError,
-)
 
 
-def open_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Blueprint:
+def open_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_new: int = 0) -> Blueprint:
     """The recipe's model, with random weights by the recipe's seed or with its pretrained ones.
 
     The weights come when the engine asks for them; what the recipe has wrong is said now.
+
+    Args:
+        num_new: how many of the tokenizer's last ids are new to the model: their rows begin as the mean of the
+            others.
 
     Raises:
         InputError: unknown architecture or config field, weights that are not there or do not fit,
             vocabulary smaller than the tokenizer's, rows longer than the model's positions.
     """
-    blueprint = open_other_model(recipe.model, recipe, tokenizer)
+    blueprint = open_other_model(recipe.model, recipe, tokenizer, num_new)
     if isinstance(recipe.algorithm, SFT):
         blueprint.decoder.neftune_alpha = recipe.algorithm.neftune_alpha
     return blueprint
 
 
-def open_other_model(spec: Model, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Blueprint:
+def open_other_model(spec: Model, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_new: int = 0) -> Blueprint:
     """As `open_model`, another model than the recipe's: a critic, a reference, a teacher."""
     dtype = MODEL_DTYPE[recipe.precision]
     if isinstance(spec, ModelFromConfig):
+        _check_mask(None, recipe, tokenizer)
         config = _config_from_fields(spec, tokenizer, recipe.sequence_length)
-        _check_fit(config, tokenizer, recipe)
+        _check_fit(config, tokenizer, recipe, num_new=0)
         blueprint = _random(config, dtype, recipe.seed, spec.attention)
     elif isinstance(spec, ModelFromPretrained):
-        blueprint = _pretrained(spec, dtype, recipe, tokenizer)
+        blueprint = _pretrained(spec, dtype, recipe, tokenizer, num_new)
     else:
+        _check_mask(None, recipe, tokenizer)
         model = _from_gguf(spec, dtype)
-        new_rows = _check_fit(model.config, tokenizer, recipe)
+        new_rows = _check_fit(model.config, tokenizer, recipe, num_new)
         blueprint = Blueprint(Decoder(with_new_rows(model, new_rows)), recipe.seed)
         blueprint.new_rows = new_rows
     rows = blueprint.decoder.hf.get_input_embeddings().weight.shape[0]
@@ -115,7 +104,7 @@ def open_other_model(spec: Model, recipe: Recipe, tokenizer: PreTrainedTokenizer
 
 def _random(config: PreTrainedConfig, dtype: torch.dtype, seed: int, attention: str) -> Blueprint:
     def build() -> PreTrainedModel:
-        with _as_input_error("model", "correct model.config, or model.attention"):
+        with as_input_error("model", "correct model.config, or model.attention"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(attention))
 
     empty = _on_meta(build)
@@ -153,7 +142,7 @@ def _config_from_fields(
             f"{nearest(spec.architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}",
             where="model.architecture",
         )
-    with _as_input_error("model.config"):
+    with as_input_error("model.config"):
         template = AutoConfig.for_model(spec.architecture)
     # transformers takes any field in silence, so a misspelt one would train another model.
     known = {*template.to_dict(), *template.attribute_map}
@@ -175,28 +164,36 @@ def _config_from_fields(
         fields.setdefault(name, sequence_length)
     for token in ("bos", "eos", "pad"):
         fields.setdefault(f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
-    _check_rope_type(fields.get("rope_parameters"), "model.config.rope_parameters")
-    with _as_input_error("model.config"), _rope_warnings_as_errors("model.config.rope_parameters"):
+    check_rope_type(fields.get("rope_parameters"), "model.config.rope_parameters")
+    with as_input_error("model.config"), rope_warnings_as_errors("model.config.rope_parameters"):
         return AutoConfig.for_model(spec.architecture, **fields)
 
 
 def _pretrained(
-    spec: ModelFromPretrained, dtype: torch.dtype, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+    spec: ModelFromPretrained,
+    dtype: torch.dtype,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    num_new: int,
 ) -> Blueprint:
     path = str(Path(spec.path).expanduser())
     source = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    with _as_input_error("model.path", LOADABLE):
-        config = AutoConfig.from_pretrained(path, **source)
+    config = open_config(path, "model.path", spec.revision, spec.trust_remote_code)
+    known = known_diffusion(path, "model.path", spec.revision)
+    _check_mask(known, recipe, tokenizer)
+    if known is not None and not isinstance(recipe.algorithm, DIFFUSION):
+        log.info("%s was trained by %s diffusion, and is made an autoregressive model of", path, known.process)
+        config.is_causal = True  # again: it was saved as a model that attends both ways
     if spec.rope_parameters is not None:
-        _stretch_rope(config, spec.rope_parameters)
-    new_rows = _check_fit(config, tokenizer, recipe)
+        stretch_rope(config, spec.rope_parameters)
+    new_rows = _check_fit(config, tokenizer, recipe, num_new)
     why: Blueprint | str = "it is loaded in 4 bits"
     if spec.quantization == "none":
         why = _from_files(path, spec, config, recipe, new_rows)
         if isinstance(why, Blueprint):
             return why
         log.info("each rank loads the whole model before it is sharded: %s", why)
-    options = source | _attention(spec.attention) | in_four_bits(spec, recipe, new_rows)
+    options = source | _attention(spec.attention) | in_four_bits(spec, recipe, new_rows, config.vocab_size)
     model = load_weights(path, "model.path", config=config, dtype=dtype, **options)
     blueprint = Blueprint(Decoder(with_new_rows(model, new_rows)), recipe.seed)
     blueprint.new_rows = new_rows
@@ -207,7 +204,8 @@ def _from_files(
     path: str, spec: ModelFromPretrained, config: PreTrainedConfig, recipe: Recipe, new_rows: range
 ) -> Blueprint | str:
     """A model whose files hold its weights as they are, or why it takes transformers to load it."""
-    if spec.trust_remote_code:
+    renamed = llada.llama_name if _is_llada(_config_fields(path, spec.revision)) else None
+    if spec.trust_remote_code and renamed is None:
         return "it may bring code of its own"
     if config.to_dict().get("quantization_config") is not None:
         return "its weights are quantised"
@@ -218,7 +216,7 @@ def _from_files(
     grown.vocab_size = max(config.vocab_size, new_rows.stop)
 
     def build() -> PreTrainedModel:
-        with _as_input_error("model.path", LOADABLE):
+        with as_input_error("model.path", LOADABLE):
             return AutoModelForCausalLM.from_config(copy.deepcopy(grown), dtype=dtype, **_attention(spec.attention))
 
     model = _on_meta(build)
@@ -226,14 +224,14 @@ def _from_files(
         return model
     if is_converted(model, dtype):
         return f"transformers converts the weights of {type(model).__name__}"
-    files = find_weights(path, spec.revision)
+    files = find_weights(path, spec.revision, renamed)
     if files is None:
         return "its safetensors could not be opened"
     if new_rows:
         files.set_new_rows(rows_of_tokens(model), new_rows)
     if (difference := files.difference(model)) is not None:
         return difference
-    with _as_input_error("model.path", LOADABLE):
+    with as_input_error("model.path", LOADABLE):
         model.generation_config = _generation_config(path, spec.revision)
     model.name_or_path = model.config.name_or_path = path
     model._weight_conversions = []  # so that it is saved under the names that it was read by
@@ -252,8 +250,83 @@ def _generation_config(path: str, revision: str | None) -> GenerationConfig:
         )
 
 
+def _config_fields(path: str, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a directory or a hub model."""
+    fields: dict[str, Any] = PreTrainedConfig.get_config_dict(path, revision=revision)[0]
+    return fields
+
+
+def _is_llada(fields: dict[str, Any]) -> bool:
+    return fields.get("model_type") == llada.MODEL_TYPE
+
+
+def open_config(
+    path: str, where: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The configuration of a model in a directory or on the hub; LLaDA's is that of a Llama.
+
+    Raises:
+        InputError: there is none, or it is not known.
+    """
+    with as_input_error(where, LOADABLE):
+        fields = _config_fields(path, revision)
+        if not _is_llada(fields):
+            return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        config = llada.llama_config(fields, where)
+    if config.dtype is None and (files := find_weights(path, revision)) is not None:
+        config.dtype = files.dtype()
+    return config
+
+
+def known_diffusion(path: str, where: str, revision: str | None = None) -> Diffusion | None:
+    """How a model in a directory or on the hub is to be used, by its diffusion.json or as LLaDA; None for no diffusion.
+
+    Raises:
+        InputError: what it says of itself cannot be read.
+    """
+    with as_input_error(where, LOADABLE):
+        own = cached(path, DIFFUSION_FILE, revision)
+        if own is not None:
+            return load_diffusion(own.parent)
+        if cached(path, "config.json", revision) is None:  # an adapter alone
+            return None
+        fields = _config_fields(path, revision)
+    return llada.diffusion_of(fields, where) if _is_llada(fields) else None
+
+
+def _check_mask(known: Diffusion | None, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError where the mask is a token that texts hold, or is not that of a model that has one."""
+    mask, where = recipe.mask_token, "algorithm.mask_token"
+    if mask is None:
+        return
+    if known is not None and known.mask_token_id is not None:
+        if known.mask_token_id != tokenizer.mask_token_id:
+            own = tokenizer.convert_ids_to_tokens(known.mask_token_id)
+            raise InputError(
+                f"the model is a diffusion model already, and its mask token is {own!r}, not {mask!r}",
+                where=where,
+                remedy=f"write mask_token: {own!r}",
+            )
+        return
+    what = None
+    if mask in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
+        what = "a token that begins or ends a text, or stands for what has none"
+    elif tokenizer.mask_token_id not in tokenizer.added_tokens_decoder:
+        what = "a word of the tokenizer's vocabulary"
+    elif mask.lstrip("▁Ġ ").isalnum():
+        what = "a plain word, which texts hold"
+    if what is not None:
+        raise InputError(
+            f"{mask!r} is {what}, and a masked token could not be told from it",
+            where=where,
+            remedy="leave it out, or name one that is new, or a special token that the model does not use",
+        )
+
+
 def load_weights(path: str, where: str, **options: Any) -> PreTrainedModel:
     """A causal LM from a directory, the hub or (with gguf_file) a GGUF file, all of its weights read from there.
+
+    LLaDA's published layout is read as a Llama's.
 
     Args:
         path: directory or hub name.
@@ -263,7 +336,11 @@ def load_weights(path: str, where: str, **options: Any) -> PreTrainedModel:
     Raises:
         InputError: there is no such model, or weights are missing or of another shape.
     """
-    with _as_input_error(where, LOADABLE):
+    with as_input_error(where, LOADABLE):
+        is_llada = "gguf_file" not in options and _is_llada(_config_fields(path, options.get("revision")))
+        if is_llada:
+            own = options.get("config") or open_config(path, where, options.get("revision"))
+            options |= {"config": own, "key_mapping": llada.KEY_MAPPING, "trust_remote_code": False}
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             use_safetensors=True,  # never unpickles what comes from outside
@@ -271,6 +348,8 @@ def load_weights(path: str, where: str, **options: Any) -> PreTrainedModel:
             output_loading_info=True,
             **options,
         )
+    if is_llada:
+        model._weight_conversions = []  # or it would be saved under LLaDA's names with a Llama's config
     # transformers only warns, and fills in random numbers.
     names = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
     if names:
@@ -290,7 +369,7 @@ def _from_gguf(spec: ModelFromGGUF, dtype: torch.dtype) -> PreTrainedModel:
     model = load_weights(str(file.parent), "model.file", gguf_file=file.name, dtype=dtype, local_files_only=True)
     # The weights are plain tensors now; a config that says otherwise could not be saved.
     del model.config.quantization_config
-    with _as_input_error("model"):
+    with as_input_error("model"):
         fresh: PreTrainedModel = AutoModelForCausalLM.from_config(
             model.config, dtype=dtype, **_attention(spec.attention)
         )
@@ -298,55 +377,9 @@ def _from_gguf(spec: ModelFromGGUF, dtype: torch.dtype) -> PreTrainedModel:
     return fresh
 
 
-def _stretch_rope(config: PreTrainedConfig, parameters: dict[str, Any]) -> None:
-    """Sets RoPE scaling, and the longer context that its factor gives."""
-    where = "model.rope_parameters"
-    _check_rope_type(parameters, where)
-    if "rope_type" not in parameters:
-        raise InputError("it lacks rope_type", where=where, remedy=f"add one of {', '.join(ROPE_TYPES)}")
-    old = config.to_dict().get("rope_parameters")
-    if old is None:
-        raise InputError(f"{type(config).__name__} has no RoPE", where=where)
-    # What belongs to the weights and not to the scaling stays.
-    kept = {key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}
-    parameters = kept | parameters
-    original = parameters.get("original_max_position_embeddings", config.max_position_embeddings)
-    factor = parameters.get("factor", 1.0)
-    for key, number in (("original_max_position_embeddings", original), ("factor", factor)):
-        if not isinstance(number, int | float):
-            raise InputError(f"expected a number, given {number!r}", where=f"{where}.{key}")
-    if parameters["rope_type"] in ("yarn", "llama3", "longrope"):
-        parameters = {"original_max_position_embeddings": original, **parameters}
-    config.rope_parameters = dict(parameters)
-    # Dynamic NTK is for inference: it leaves the positions up to this length as they are, and scales
-    # by the length it sees beyond. With a longer one here it would never begin.
-    if parameters["rope_type"] != "dynamic":
-        config.max_position_embeddings = int(original * factor)
-    with _as_input_error(where), _rope_warnings_as_errors(where):
-        config.standardize_rope_params()
-        config.validate_rope()
-
-
-def _check_rope_type(parameters: Any, where: str) -> None:
-    if parameters is None:
-        return
-    if not isinstance(parameters, dict):
-        raise InputError(
-            f"expected a mapping, given {parameters!r}", where=where, remedy="write {rope_type: yarn, factor: 4.0}"
-        )
-    for part in [parameters] if "rope_type" in parameters else [v for v in parameters.values() if isinstance(v, dict)]:
-        kind = str(part.get("rope_type"))
-        if kind not in ROPE_TYPES:
-            raise InputError(
-                f"unknown rope_type {kind!r}{nearest(kind, ROPE_TYPES)} (allowed: {', '.join(ROPE_TYPES)})",
-                where=f"{where}.rope_type",
-            )
-
-
-def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> range:
+def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, num_new: int) -> range:
     """The rows that the embedding is to have for the tokens that the recipe adds."""
-    num_added = 0 if isinstance(recipe.tokenizer, SentencePieceTokenizer) else len(recipe.tokenizer.add_tokens)
-    new_rows = range(num_ids(tokenizer) - num_added, num_ids(tokenizer))
+    new_rows = range(num_ids(tokenizer) - num_new, num_ids(tokenizer))
     sequence_length = recipe.sequence_length
     if new_rows.start > config.vocab_size:
         raise InputError(
@@ -362,36 +395,3 @@ def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, rec
             remedy=f"use {longest} or less, or stretch a pretrained model with rope_parameters (yarn, linear, llama3)",
         )
     return new_rows
-
-
-@contextmanager
-def _as_input_error(where: str, remedy: str | None = None) -> Iterator[None]:
-    """What transformers raises for things that are wrong or not there, as an error of the recipe."""
-    try:
-        yield
-    except TRANSFORMERS_ERRORS as error:
-        lines = [line.strip() for line in str(error).strip().strip("'\"").splitlines() if line.strip()]
-        # All that a KeyError says is the key: of a table of transformers, or of a file.
-        message = f"transformers knows or finds no {error}" if isinstance(error, KeyError) else " ".join(lines[:3])
-        raise InputError(message, where=where, remedy=remedy) from error
-
-
-@contextmanager
-def _rope_warnings_as_errors(where: str) -> Iterator[None]:
-    """transformers only warns of RoPE fields that are unknown or out of range."""
-    messages: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    logger, handler = logging.getLogger("transformers.modeling_rope_utils"), Collect(logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-    # The ratio of the two lengths may differ from the factor on purpose (DeepSeek's models do).
-    wrong = [message for message in messages if "does not match the ratio" not in message]
-    if wrong:
-        raise InputError(" ".join(wrong), where=where)

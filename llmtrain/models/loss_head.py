@@ -2,32 +2,60 @@
 
 The logits of a batch, [tokens, vocabulary] in float32, are the largest tensor of a training step
 (2 GiB at 4k tokens and a 128k vocabulary, three times that in backward). Here only a chunk of them
-ever lives. Both functions take the hidden states before the head and the head's weight:
+ever lives. All take the hidden states before the head and the head's weight:
 
     linear_cross_entropy  the loss sum; its gradients are computed chunk by chunk in the forward,
                           so no chunk is computed twice
     linear_logprobs       log-probability and entropy of each row, for losses that are functions of
                           them (RL, preferences); chunks are recomputed in backward
+    linear_rowwise        any function of a row's logits; chunks are recomputed in backward
 
 Logits are computed in the hidden states' dtype (autocast's where it is on), reductions over the
 vocabulary in float32.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100  # a target that does not count, as in torch and transformers
+
+EXCLUDED = -1e30  # a logit that leaves no probability
 
 # Elements of one chunk of float32 logits. Small enough for a CPU's last-level cache to matter, and
 # on a GPU for the chunk to be a small part of its memory; large enough for a full-speed GEMM.
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
+# oneDNN, which multiplies bfloat16 on a CPU, keeps what it made for each shape: tens of megabytes for every number of
+# rows that it has not seen, and how many tokens are masked or trained is another number in every step. So the last
+# chunk is filled up, and there are few shapes.
+_ROWS = 64
+
 
 def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
     elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"])
-    return max(64, elements // weight.shape[0])
+    return max(_ROWS, elements // weight.shape[0] // _ROWS * _ROWS)
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """Rows of zeros added to [n, D], where shapes have a price."""
+    if rows.device.type != "cpu" or rows.dtype == torch.float32:
+        return rows
+    return F.pad(rows, (0, 0, 0, -len(rows) % _ROWS))
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows [n, D] @ matrix [D, E]."""
+    return (_filled(rows) @ matrix)[: len(rows)]
+
+
+def _sum_of_outer(one: Tensor, other: Tensor) -> Tensor:
+    """The outer products of rows [n, D] and rows [n, E], summed: [D, E]."""
+    return _filled(one).t() @ _filled(other)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -37,13 +65,20 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Float32 logits [rows, V] of hidden states [rows, D]."""
-    logits = (hidden @ weight.t()).float()
+    logits = _product(hidden, weight.t()).float()
     return logits if bias is None else logits.add_(bias.float())
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        row_weights: Tensor | None,
+    ) -> Tensor:
         dtype = _compute_dtype(hidden)
         h, w = hidden.to(dtype), weight.to(dtype)
         needs_h, needs_w = hidden.requires_grad, weight.requires_grad
@@ -61,23 +96,26 @@ class _CrossEntropySum(torch.autograd.Function):
                 counted = targets[part] != IGNORE_INDEX
                 index = targets[part].clamp_min(0).unsqueeze(1)
                 logp = _logits(h[part], w, bias).log_softmax(1)
-                loss -= logp.gather(1, index).squeeze(1).masked_fill_(~counted, 0.0).sum()
+                logprobs = logp.gather(1, index).squeeze(1).masked_fill_(~counted, 0.0)
+                loss -= logprobs.sum() if row_weights is None else logprobs.dot(row_weights[part])
                 if not (needs_h or needs_w or needs_b):
                     continue
                 # d nll / d logits = softmax - onehot, and nothing for a row that does not count
                 grad = logp.exp_()
                 grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
                 grad.masked_fill_(~counted.unsqueeze(1), 0.0)
+                if row_weights is not None:
+                    grad *= row_weights[part].unsqueeze(1)
                 if grad_b is not None:
                     grad_b += grad.sum(0)
                 grad = grad.to(dtype)
                 if grad_h is not None:
-                    grad_h[part] = grad @ w
+                    grad_h[part] = _product(grad, w)
                 if grad_w is not None:
                     if dtype == torch.float32:
                         grad_w.addmm_(grad.t(), h[part])
                     else:
-                        grad_w += grad.t() @ h[part]
+                        grad_w += _sum_of_outer(grad, h[part])
         ctx.save_for_backward(grad_h, grad_w, grad_b)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -89,10 +127,16 @@ class _CrossEntropySum(torch.autograd.Function):
         scaled_h = None if grad_h is None else (grad_h.float() * grad_loss).to(grad_h.dtype)
         scaled_w = None if grad_w is None else (grad_w * grad_loss).to(ctx.weight_dtype)
         scaled_b = None if grad_b is None else (grad_b * grad_loss).to(ctx.weight_dtype)
-        return scaled_h, scaled_w, scaled_b, None
+        return scaled_h, scaled_w, scaled_b, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> Tensor:
     """Sum over counted rows of -log softmax(hidden @ weight.T + bias)[target], in nats.
 
     Args:
@@ -100,11 +144,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: 
         weight: [V, D] weight of the head.
         targets: [N] int64 token ids; IGNORE_INDEX where a row does not count.
         bias: [V] bias of the head.
+        row_weights: float32 [N], what each row counts; 1 by default.
 
     Returns:
         A float32 scalar.
     """
-    loss: Tensor = _CrossEntropySum.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():  # which the function itself cannot tell, and gradients are most of its work
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    loss: Tensor = _CrossEntropySum.apply(hidden, weight, bias, targets, row_weights)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -158,9 +205,9 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                     grad_b += grad.sum(0)
                 grad = grad.to(ctx.dtype)
                 if grad_h is not None:
-                    grad_h[part] = grad @ w
+                    grad_h[part] = _product(grad, w)
                 if grad_w is not None:
-                    grad_w += grad.t() @ h[part]
+                    grad_w += _sum_of_outer(grad, h[part])
         return (
             grad_h,
             None if grad_w is None else grad_w.to(weight.dtype),
@@ -185,3 +232,48 @@ def linear_logprobs(
         hidden, weight, bias, targets, temperature
     )
     return pair
+
+
+def linear_rowwise(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, function: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """`function` of the logits hidden @ weight.T + bias, a chunk of rows at a time; [N], differentiable.
+
+    Each chunk's logits are computed again in backward, so that only one chunk's ever live. For losses that are
+    not functions of a target's log-probability and the entropy alone.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D].
+        bias: [V].
+        function: of float32 logits [n, V] and which of the rows they are of; gives [n] or [n, ...].
+    """
+    dtype, rows = _compute_dtype(hidden), _rows_per_chunk(hidden, weight)
+
+    def of_chunk(states: Tensor, matrix: Tensor, offsets: Tensor | None, part: slice) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return function(_logits(states.to(dtype), matrix.to(dtype), offsets), part)
+
+    parts = [slice(start, start + rows) for start in range(0, max(1, hidden.shape[0]), rows)]
+    return torch.cat([checkpoint(of_chunk, hidden[p], weight, bias, p, use_reentrant=False) for p in parts])
+
+
+def logits_in_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, slice]]:
+    """The float32 logits hidden @ weight.T + bias, [n, V] at a time, and which of the rows they are of."""
+    dtype, rows = _compute_dtype(hidden), _rows_per_chunk(hidden, weight)
+    h, w = hidden.to(dtype), weight.to(dtype)
+    for start in range(0, max(1, len(h)), rows):
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = _logits(h[start : start + rows], w, bias)
+        yield logits, slice(start, start + rows)
+
+
+def bias_without(head: nn.Linear, token: int) -> Tensor:
+    """The head's bias, [V], with which `token` has no probability.
+
+    Finite, since entropy multiplies a probability of 0 with its logarithm.
+    """
+    shape, device = head.weight.shape[:1], head.weight.device
+    excluded = torch.zeros(shape, device=device)
+    excluded[token] = EXCLUDED
+    return excluded if head.bias is None else head.bias.float() + excluded

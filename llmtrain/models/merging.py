@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from llmtrain.errors import InputError, TrainingError
 from llmtrain.models.decoder import config_field
-from llmtrain.models.saved import Saved
+from llmtrain.models.diffusion import Diffusion
+from llmtrain.models.saved import UNMERGEABLE, Saved
 
 # Of the logits' root mean square, in float32: what adding the update first or last does, with a wide margin, and
 # what the adapter itself does, of which no noticeable part may be lost.
@@ -26,10 +27,13 @@ def probe_rows(model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, rows: Tensor) -> Tensor:
-    """The model's logits on `rows`, in float32 on the CPU."""
+def probe(model: PreTrainedModel, rows: Tensor, diffusion: Diffusion | None = None) -> Tensor:
+    """The model's logits on `rows`, in float32 on the CPU; without the mask's, which is used nowhere."""
     logits: Tensor = model(input_ids=rows.to(model.device), use_cache=False).logits
-    return logits.float().cpu()
+    logits = logits.float().cpu()
+    if diffusion is not None and diffusion.mask_token_id is not None:
+        logits[..., diffusion.mask_token_id] = 0.0
+    return logits
 
 
 def difference(logits: Tensor, reference: Tensor) -> float:
@@ -60,16 +64,16 @@ def merge(saved: Saved, rows: Tensor) -> tuple[PreTrainedModel, Tensor]:
             where=place,
             remedy=remedy,
         )
-    reference = probe(saved.decoder, rows)
+    reference = probe(saved.decoder, rows, saved.diffusion)
     with model.disable_adapter():
-        alone = probe(saved.decoder, rows)
+        alone = probe(saved.decoder, rows, saved.diffusion)
     _untie(saved.decoder)
     try:
         merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    except (NotImplementedError, AttributeError, ValueError, TypeError) as error:
+    except UNMERGEABLE as error:
         raise InputError(f"{kind} cannot be merged: {error}", where=place, remedy=remedy) from error
     bound = min(_MERGE_BOUND, max(_MERGE_FLOOR, _PART_OF_EFFECT * difference(reference, alone)))
-    off = difference(probe(merged, rows), reference)
+    off = difference(probe(merged, rows, saved.diffusion), reference)
     if off > bound:
         raise TrainingError(
             f"{place}: merged, the model's logits differ by {off:.2g} of their size (at most {bound:.2g} is rounding)"

@@ -10,19 +10,24 @@ from llmtrain.errors import InputError
 from llmtrain.recipe.schema import ModelFromPretrained, Recipe
 
 
-def in_four_bits(spec: ModelFromPretrained, recipe: Recipe, new_rows: range) -> dict[str, Any]:
-    """from_pretrained's options for weights in 4 bits on this rank's device (QLoRA, arXiv 2305.14314)."""
+def in_four_bits(spec: ModelFromPretrained, recipe: Recipe, new_rows: range, rows: int) -> dict[str, Any]:
+    """from_pretrained's options for weights in 4 bits on this rank's device (QLoRA, arXiv 2305.14314).
+
+    Args:
+        new_rows: of the embedding, which is not in 4 bits, for the tokens that the recipe adds.
+        rows: that the embedding has.
+    """
     if spec.quantization == "none":
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
             "bitsandbytes is not installed", where="model.quantization", remedy="pip install 'llmtrain[qlora]'"
         )
-    if new_rows:
+    if new_rows.stop > rows:
         raise InputError(
-            "a model in 4 bits takes no new tokens",
-            where="tokenizer.add_tokens",
-            remedy="add them to the model first, or set model.quantization: none",
+            f"a model in 4 bits does not grow: it has {rows} embeddings, and {new_rows.stop} are needed",
+            where="tokenizer.add_tokens" if recipe.mask_token is None else "algorithm.mask_token",
+            remedy="add the tokens to the model first, name one that it has, or set model.quantization: none",
         )
     on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
     compute = torch.float32 if recipe.precision == "fp32" else torch.bfloat16

@@ -15,8 +15,11 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from llmtrain.data.tokenizer import load_tokenizer, num_ids
 from llmtrain.errors import InputError
 from llmtrain.models.decoder import config_field
-from llmtrain.models.growth import with_new_rows
-from llmtrain.models.hub import TRANSFORMERS_ERRORS, load_weights
+from llmtrain.models.diffusion import FILE as DIFFUSION_FILE
+from llmtrain.models.diffusion import Diffusion
+from llmtrain.models.growth import bare_head, with_new_rows
+from llmtrain.models.hub import known_diffusion, load_weights
+from llmtrain.models.refusals import TRANSFORMERS_ERRORS
 from llmtrain.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BELOW, WeightFiles
 from llmtrain.recipe.resolved import RESOLVED
 
@@ -25,6 +28,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _NAMEABLE = "give a run directory, a model directory or an adapter directory"
 # Learnt keys and values in every layer; the other kinds of prompt learning are embeddings.
 _PREFIXES = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
+# What peft raises where an adapter does not become part of the weights: it is of a kind that never does (not
+# implemented, which is a RuntimeError, or no such method), has a bias where the model has none, or is not finite.
+UNMERGEABLE = (RuntimeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Saved:
         decoder: the transformers model; adapters inside its layers are in it already.
         virtual: what an adapter puts before the text: embeddings, keys and values in every layer, or nothing.
         num_virtual: how many positions that takes.
+        diffusion: how it is to be used as a diffusion model; None where it is autoregressive.
     """
 
     location: Location
@@ -63,6 +70,7 @@ class Saved:
     tokenizer: PreTrainedTokenizerBase
     virtual: str | None = None
     num_virtual: int = 0
+    diffusion: Diffusion | None = None
 
     @property
     def device(self) -> torch.device:
@@ -193,18 +201,39 @@ def load_located(location: Location, *, dtype: str = "auto", device: torch.devic
     if location.base is None:
         tokenizer = load_tokenizer(location.path)
         weights = load_weights(location.path, location.path, dtype=chosen).to(device).eval()
-        return Saved(location, weights, weights, tokenizer)
+        return Saved(location, weights, weights, tokenizer, diffusion=_diffusion_of(location, weights))
     has_tokenizer = (Path(location.path) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(location.path if has_tokenizer else location.base)
     decoder = load_weights(location.base, location.base, dtype=chosen)
     for below in sorted(Path(location.path).glob(f"{BELOW}*"), key=lambda path: int(path.name.removeprefix(BELOW))):
         decoder = merge_below(decoder, tokenizer, below)
     with_adapter = _with_adapter(decoder, tokenizer, Path(location.path)).to(device).eval()
-    config = with_adapter.active_peft_config
+    config, diffusion = with_adapter.active_peft_config, _diffusion_of(location, decoder)
+    if diffusion is not None and diffusion.mask_token_id is not None:
+        bare_head(decoder, diffusion.mask_token_id)
     if config.is_prompt_learning:
+        if diffusion is not None:
+            raise InputError(
+                f"{config.peft_type.value} puts tokens before causal text, and this is a diffusion model",
+                where=location.path,
+                remedy="use an adapter inside the layers, such as LoRA",
+            )
         virtual = "cache" if config.peft_type in _PREFIXES else "embeddings"
         return Saved(location, with_adapter, decoder, tokenizer, virtual, int(config.num_virtual_tokens))
-    return Saved(location, with_adapter, decoder, tokenizer)
+    return Saved(location, with_adapter, decoder, tokenizer, diffusion=diffusion)
+
+
+def _diffusion_of(location: Location, decoder: PreTrainedModel) -> Diffusion | None:
+    """How the model is to be used as a diffusion model; None of an autoregressive one."""
+    diffusion = known_diffusion(location.path, location.path)
+    num = decoder.get_input_embeddings().weight.shape[0]
+    if diffusion is not None and diffusion.mask_token_id is not None and diffusion.mask_token_id >= num:
+        raise InputError(
+            f"mask_token_id is {diffusion.mask_token_id}, and the model has embeddings of {num} tokens",
+            where=str(Path(location.path) / DIFFUSION_FILE),
+            remedy="bring the file back that was saved with the weights",
+        )
+    return diffusion
 
 
 def merge_below(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> PreTrainedModel:
@@ -222,7 +251,7 @@ def merge_below(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, di
         )
     try:
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    except (NotImplementedError, AttributeError, ValueError, TypeError) as error:
+    except UNMERGEABLE as error:
         raise InputError(f"{kind.peft_type.value} cannot be merged: {error}", where=str(directory)) from error
     return merged.to(dtype)
 

@@ -36,7 +36,7 @@ def save_pretrained(
             dtype = _save_collected(model, parameters, directory)
         else:
             _save_config(model, directory)
-            dtype = _save_stream(_untied(model, parameters), directory, shard_bytes)
+            dtype = save_tensors(_untied(model, parameters), directory, shard_bytes)
     finally:
         model.config.use_cache = use_cache
     tokenizer.save_pretrained(directory)
@@ -80,8 +80,11 @@ def _untied(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]]) ->
     return ((name, tensor) for name, tensor in parameters if name not in left_out)
 
 
-def _save_stream(parameters: Iterable[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> torch.dtype:
-    """Writes each file when it is full, under a name that tells how many there are once that is known."""
+def save_tensors(parameters: Iterable[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> torch.dtype:
+    """Writes safetensors of at most `shard_bytes` and their index, as the tensors come; returns the first one's dtype.
+
+    Each file is written when it is full, under a name that tells how many there are once that is known.
+    """
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     size = total = 0

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from llmtrain.models.growth import fill_new_rows
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # in peft's layout
 BELOW = "base-"  # directories in an adapter's, numbered: adapters that it was trained on top of
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BUILT_BY_THE_MODEL = re.compile(r"rotary_emb\.inv_freq$")  # saved by old versions of transformers
 
 
@@ -28,20 +28,23 @@ class WeightFiles:
 
     Args:
         files: paths.
+        renamed: the name by which a tensor is asked for, of the one that it has in its file.
 
     Raises:
         OSError, SafetensorError: a file is not there, or is torn.
     """
 
-    def __init__(self, files: Iterable[Path]):
+    def __init__(self, files: Iterable[Path], renamed: Callable[[str], str] | None = None):
         self._file_of: dict[str, Path] = {}
+        self._name_in_file: dict[str, str] = {}
         self._meta: dict[str, tuple[tuple[int, ...], str]] = {}
         self._new_rows: dict[str, range] = {}
         for file in files:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                    piece = opened.get_slice(name)
-                    self._file_of[name] = file
+                for own in opened.keys():  # noqa: SIM118 - it is no mapping
+                    piece = opened.get_slice(own)
+                    name = own if renamed is None else renamed(own)
+                    self._file_of[name], self._name_in_file[name] = file, own
                     self._meta[name] = (tuple(piece.get_shape()), piece.get_dtype())
 
     def __contains__(self, name: str) -> bool:
@@ -49,6 +52,11 @@ class WeightFiles:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for name, (shape, _) in self._meta.items()}
+
+    def dtype(self) -> torch.dtype | None:
+        """Of the first floating-point tensor; None without one."""
+        kinds = (kind for _, kind in self._meta.values() if kind in _FLOATS)
+        return _FLOATS.get(next(kinds, ""))
 
     def set_new_rows(self, names: Iterable[str], new: range) -> None:
         """From now on the tensors of these names have such rows, the mean of those before, whatever the files hold."""
@@ -88,7 +96,7 @@ class WeightFiles:
 
     def _read(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
+            tensor: Tensor = opened.get_tensor(self._name_in_file[name])
             return tensor
 
     @torch.no_grad()
@@ -100,7 +108,7 @@ class WeightFiles:
         for file, names in by_file.items():
             with safe_open(file, framework="pt") as opened:  # closed after each unit: pages of it are memory, too
                 for name in names:
-                    read = opened.get_tensor(name)
+                    read = opened.get_tensor(self._name_in_file[name])
                     if name in self._new_rows:
                         tensors[name][: read.shape[0]] = read
                         fill_new_rows(tensors[name], self._new_rows[name])
@@ -108,25 +116,25 @@ class WeightFiles:
                         tensors[name].copy_(read)
 
 
-def find_weights(path: str, revision: str | None) -> WeightFiles | None:
-    """The safetensors of a local directory or of a hub model.
+def find_weights(path: str, revision: str | None, renamed: Callable[[str], str] | None = None) -> WeightFiles | None:
+    """The safetensors of a local directory or of a hub model; `renamed` as `WeightFiles` takes it.
 
     None where there are none, or not whole: from_pretrained tells what is wrong with them.
     """
     try:
-        if _cached(path, ADAPTER_CONFIG, revision) is not None:
+        if cached(path, ADAPTER_CONFIG, revision) is not None:
             return None  # the weights of its base model lie elsewhere
-        if (single := _cached(path, SAFE_WEIGHTS_NAME, revision)) is not None:
-            return WeightFiles([single])
-        if (index := _cached(path, SAFE_WEIGHTS_INDEX_NAME, revision)) is None:
+        if (single := cached(path, SAFE_WEIGHTS_NAME, revision)) is not None:
+            return WeightFiles([single], renamed)
+        if (index := cached(path, SAFE_WEIGHTS_INDEX_NAME, revision)) is None:
             return None
         files, _ = get_checkpoint_shard_files(path, str(index), revision=revision)
-        return WeightFiles(Path(file) for file in files)
+        return WeightFiles((Path(file) for file in files), renamed)
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError):
         return None
 
 
-def _cached(path: str, name: str, revision: str | None) -> Path | None:
+def cached(path: str, name: str, revision: str | None) -> Path | None:
     """A file of the model; None where it has none, or is not cached and there is no network."""
     found = cached_file(
         path,

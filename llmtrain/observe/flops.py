@@ -51,13 +51,20 @@ _DATASHEETS = {
 
 
 def training_flops_per_token(
-    num_matmul_parameters: int, num_layers: int, hidden: int, sequence_length: int, num_frozen: int = 0
+    num_matmul_parameters: int,
+    num_layers: int,
+    hidden: int,
+    sequence_length: int,
+    num_frozen: int = 0,
+    *,
+    copies: int = 1,
+    causal: bool = True,
 ) -> float:
     """FLOPs of forward and backward for one token of a causal decoder: 6 P - 2 F + 6 L h s.
 
     Attention's scores and weighted sum cost 12 L h s over the whole square; a causal kernel needs
-    half of it. Packed rows, where a token sees its own document only, need less still: what is
-    counted here is what the row length asks for.
+    half of it, and so does each copy of block diffusion's two. Packed rows, where a token sees its own
+    document only, need less still: what is counted here is what the row length asks for.
 
     Args:
         num_matmul_parameters: P, those that multiply: without the embedding lookup, with the head
@@ -66,8 +73,11 @@ def training_flops_per_token(
         hidden: h, number of heads times head size.
         sequence_length: s, tokens in a row.
         num_frozen: F, those of P that have no gradient of their own.
+        copies: how often the forward holds each token.
+        causal: False where a token sees those after it, too.
     """
-    return 6.0 * num_matmul_parameters - 2.0 * num_frozen + 6.0 * num_layers * hidden * sequence_length
+    attention = (6.0 if causal else 12.0) * num_layers * hidden * sequence_length
+    return copies * (6.0 * num_matmul_parameters - 2.0 * num_frozen + attention)
 
 
 def device_peak_flops(device: torch.device, precision: str) -> Peak:

@@ -45,7 +45,7 @@ def plan_batch(recipe: Recipe, world_size: int) -> BatchPlan:
     share = sequences // world_size
     micro = recipe.batch.micro_sequences
     if micro is None:
-        limit = max(1, MICRO_TOKENS // recipe.sequence_length)
+        limit = max(1, MICRO_TOKENS // (recipe.sequence_length * recipe.copies))
         micro = max(divisor for divisor in _divisors(share) if divisor <= limit)
     elif share % micro:
         below = max(divisor for divisor in _divisors(share) if divisor < micro)

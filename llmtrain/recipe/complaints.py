@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmtrain.errors import nearest
-from llmtrain.recipe.introspect import below, dotted_keys, kind_of, kinds, literals, section_class, strip
+from llmtrain.recipe.introspect import alternatives, below, dotted_keys, kind_of, kinds, literals, section_class, strip
 from llmtrain.recipe.problems import Problem
 from llmtrain.recipe.schema import Recipe, Section
 from llmtrain.recipe.yaml_tree import Node, Path
@@ -42,11 +42,35 @@ def complaints(error: ValidationError, root: Node, schema: Any = Recipe) -> list
         root: what was checked, with places.
         schema: the section, or union of kinds, that it was checked against.
     """
-    return [_complaint(dict(entry), root, schema) for entry in error.errors(include_url=False)]
+    groups: dict[Path, list[dict[str, Any]]] = {}
+    for entry in error.errors(include_url=False):
+        *_, choice = _locate(entry["loc"], schema)
+        groups.setdefault(entry["loc"] if choice is None else choice, []).append(dict(entry))
+    problems: list[Problem] = []
+    for place, entries in groups.items():
+        # of a value that may be of several types each type complains: the one that looked into it was meant
+        deepest = max(len(entry["loc"]) for entry in entries)
+        if len(entries) > 1 and deepest == len(place) + 1:
+            problems.append(_of_no_type(entries, root, schema))
+        else:
+            problems += [_complaint(entry, root, schema) for entry in entries if len(entry["loc"]) == deepest]
+    return problems
+
+
+def _of_no_type(entries: list[dict[str, Any]], root: Node, schema: Any) -> Problem:
+    """About a value that is of none of the types that it may have."""
+    given = entries[0]["input"]
+    expected = " or ".join(_EXPECTED[entry["type"]] for entry in entries if entry["type"] != "literal_error")
+    message = f"expected {expected}, given {_shown(given)}"
+    for entry in entries:
+        path, _, annotation, _ = _locate(entry["loc"], schema)
+        if entry["type"] == "literal_error":
+            message = f"{_not_among(given, literals(annotation))}, or {expected}"
+    return _problem(root, path, path, message)
 
 
 def _complaint(entry: Mapping[str, Any], root: Node, schema: Any) -> Problem:
-    path, parent, annotation = _locate(entry["loc"], schema)
+    path, parent, annotation, _ = _locate(entry["loc"], schema)
     kind, context = entry["type"], entry.get("ctx", {})
     if kind == "value_error":
         mentioned = _mentioned(str(context["error"]), path, root)
@@ -70,19 +94,23 @@ def _problem(root: Node, place: Path, key: Path, message: str) -> Problem:
     return Problem(root.place_of(place), f"{dotted}: {message}" if dotted else message)
 
 
-def _locate(loc: tuple[str | int, ...], schema: Any) -> tuple[Path, Any, Any]:
-    """(path without the tags of unions, annotation of the section that holds it, its own annotation)."""
+def _locate(loc: tuple[str | int, ...], schema: Any) -> tuple[Path, Any, Any, Path | None]:
+    """(path without the tags of unions, annotation of the section that holds it, its own annotation, and where pydantic
+    chose from several types, its own path to there)."""
     path: list[str | int] = []
     parent: Any = None
     annotation = schema
-    for part in loc:
-        members = kinds(annotation)
+    choice: Path | None = None
+    for place, part in enumerate(loc):
+        members, types = kinds(annotation), alternatives(annotation)
         if members:
             annotation = members[str(part)]
+        elif types:
+            annotation, choice = types[str(part).split("[")[0]], loc[:place]
         else:
             path.append(part)
             parent, annotation = annotation, below(annotation, part)
-    return tuple(path), parent, annotation
+    return tuple(path), parent, annotation, choice
 
 
 def _mentioned(message: str, section: Path, root: Node) -> Path:

@@ -36,6 +36,18 @@ def kinds(annotation: Any) -> dict[str, type[Section]]:
     return {kind_of(member): member for member in members if member is not None}
 
 
+def alternatives(annotation: Any) -> dict[str, Any]:
+    """The types of a union that is none of kinds, by pydantic's name for them up to its bracket: str, list, literal."""
+    annotation = strip(annotation)
+    if get_origin(annotation) not in (Union, types.UnionType) or kinds(annotation):
+        return {}
+    members = [strip(member) for member in get_args(annotation) if member is not type(None)]
+    return {
+        (get_origin(member) or member).__name__ if get_origin(member) is not Literal else "literal": member
+        for member in members
+    }
+
+
 def kind_of(section: type[Section]) -> str:
     """The one value of the section's `kind`."""
     value: str = get_args(section.model_fields["kind"].annotation)[0]

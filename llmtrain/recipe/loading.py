@@ -78,19 +78,32 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     problems: list[Problem] = []
     file = recipe_file(source)
     files: list[Path] = []
-    tree = _read_chain(file, files, problems)
+    tree = read_chain(file, files, problems)
     if tree is None:
         raise RecipeError(source, problems)
+    if "variants" in tree.value:
+        place = tree.value["variants"].place
+        raise RecipeError(source, [Problem(place, f"it has variants: run it with `llmtrain compare {source}`")])
     tree = with_default_kinds(tree)
     for override in overrides:
         tree = apply_override(tree, override, problems)
+    recipe = check_tree(tree, source, problems)
+    return LoadedRecipe(recipe, file, tuple(files), tuple(overrides), tree)
+
+
+def check_tree(tree: Node, source: str, problems: Sequence[Problem]) -> Recipe:
+    """The recipe that a merged tree is.
+
+    Raises:
+        RecipeError: naming the `problems` that were found before, and every mistake in the tree.
+    """
     try:
         recipe = Recipe.model_validate(tree.plain())
     except ValidationError as error:
         raise RecipeError(source, [*problems, *complaints(error, tree)]) from None
     if problems:
         raise RecipeError(source, problems)
-    return LoadedRecipe(recipe, file, tuple(files), tuple(overrides), tree)
+    return recipe
 
 
 def recipe_file(name: str) -> Path:
@@ -128,8 +141,8 @@ def _resolve(name: str, relative_to: Path | None, place: str, problems: list[Pro
     return None
 
 
-def _read_chain(file: Path, files: list[Path], problems: list[Problem]) -> Node | None:
-    """The recipe in `file` laid over what it extends; None where it cannot be read."""
+def read_chain(file: Path, files: list[Path], problems: list[Problem]) -> Node | None:
+    """The recipe in `file` laid over what it extends; None where it cannot be read. `files` gets all of them."""
     files.append(file)
     tree = read_mapping(file, problems)
     if tree is None:
@@ -149,7 +162,7 @@ def _read_chain(file: Path, files: list[Path], problems: list[Problem]) -> Node 
         chain = " -> ".join(str(link) for link in [*files, parent])
         problems.append(Problem(extends.place, f"extends: the recipes extend each other: {chain}"))
         return None
-    base = _read_chain(parent, files, problems)
+    base = read_chain(parent, files, problems)
     return merge(with_default_kinds(base), child) if base is not None else None
 
 

@@ -16,14 +16,31 @@ def launch_directory() -> Path:
 
 def recipe_names() -> list[str]:
     """Names that `load_recipe` takes, such as quickstart or pretrain/llama-1b; those at the top first."""
+    return [name for name in _names() if not _is_comparison(name)]
+
+
+def comparison_names() -> list[str]:
+    """Names that `load_comparison` takes, such as diffusion/compare."""
+    return [name for name in _names() if _is_comparison(name)]
+
+
+def find_recipe(name: str) -> Path | None:
+    """The file of a shipped recipe or comparison, or None; only names from the lists above are found."""
+    return _file(name) if name in _names() else None
+
+
+def _names() -> list[str]:
     root = recipes_directory()
     names = [path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml")]
     return sorted(names, key=lambda name: (name.count("/"), name))
 
 
-def find_recipe(name: str) -> Path | None:
-    """The file of a shipped recipe, or None; only names from `recipe_names` are found."""
-    return recipes_directory() / f"{name}.yaml" if name in recipe_names() else None
+def _file(name: str) -> Path:
+    return recipes_directory() / f"{name}.yaml"
+
+
+def _is_comparison(name: str) -> bool:
+    return "\nvariants:" in _file(name).read_text(encoding="utf-8")
 
 
 def _directory(name: str) -> Path:

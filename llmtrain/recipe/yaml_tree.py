@@ -57,6 +57,12 @@ class _Dumper(yaml.SafeDumper):
         return True  # a list that is used twice is written twice
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # Unless it is escaped, U+0085 is read back as any line break is.
+    return dumper.represent_scalar(f"{_CORE}str", text, style='"' if "\x85" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
 for _name, _pattern in _SCALARS:
     _Loader.add_implicit_resolver(_CORE + _name, _pattern, None)
     _Dumper.add_implicit_resolver(_CORE + _name, _pattern, None)

@@ -7,7 +7,7 @@ batches of another size, differ in their last bits, which can turn a near tie.)
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -66,12 +66,13 @@ class Completion:
     Attributes:
         text: without special tokens and stop texts.
         ids: every token that was generated, that which ended it with them.
-        finish: stop where the model (or a stop text) ended it, length where the limit or the window did.
+        finish: stop where the model (or a stop text) ended it, length where the limit or the window did, filled where
+            the prompt had holes: the text is then the whole, and the ids are those in the holes.
     """
 
     text: str
     ids: tuple[int, ...]
-    finish: Literal["stop", "length"]
+    finish: Literal["stop", "length", "filled"]
 
 
 @dataclass
@@ -102,6 +103,7 @@ class TextGenerator:
     """
 
     def __init__(self, saved: Saved, end_ids: Sequence[int], sampling: Sampling, batch_tokens: int = 8192):
+        assert saved.diffusion is None, "generators.text_generator chooses the right one"
         self.sampling = sampling
         self._saved, self._end_ids, self._batch_tokens = saved, frozenset(end_ids), batch_tokens
         self._pad = pad_id(saved.tokenizer)
@@ -113,6 +115,14 @@ class TextGenerator:
         window = self._saved.window
         wanted = self.sampling.max_new_tokens
         return wanted if window is None else min(wanted, window - prompt_length)
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what is generated, beside model and prompts."""
+        return asdict(self.sampling)
+
+    def fits(self, ids: Sequence[int]) -> bool:
+        """Whether the model's window holds the prompt and one token more."""
+        return self.room(len(ids)) > 0
 
     def generate(
         self,

@@ -9,7 +9,9 @@ import typer
 
 from llmtrain.errors import InputError
 from llmtrain.models.saved import Saved
-from llmtrain.sampling.batched import Completion, Request, TextGenerator
+from llmtrain.sampling.batched import Completion, Request
+from llmtrain.sampling.generators import Generator
+from llmtrain.sampling.infilling import check_no_holes
 from llmtrain.sampling.prompts import check_is_text, encode_messages
 
 _HELP = "/reset begins again, /system TEXT sets the system message and begins again, /quit (or Ctrl-D) ends"
@@ -26,7 +28,7 @@ class Chat:
     """
 
     saved: Saved
-    generator: TextGenerator
+    generator: Generator
     system: str = ""
     history: list[dict[str, str]] = field(default_factory=list)
     _turns: int = 0  # of the whole session: each turn has random numbers of its own
@@ -83,7 +85,8 @@ class Chat:
         system = [{"role": "system", "content": self.system}] if self.system else []
         asked = [*self.history, {"role": "user", "content": text}]
         ids = encode_messages(self.saved.tokenizer, [*system, *asked], _LINE)
-        if self.generator.room(len(ids)) <= 0:
+        check_no_holes(self.saved, ids, _LINE)
+        if not self.generator.fits(ids):
             raise InputError(
                 f"the conversation has {len(ids)} tokens, and the model's window is {self.saved.window}",
                 where=_LINE,

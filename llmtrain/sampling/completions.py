@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,8 +18,10 @@ from llmtrain.data.progress import WorkProgress, row_progress
 from llmtrain.data.records import Record
 from llmtrain.errors import InputError, TrainingError
 from llmtrain.models.saved import Saved
-from llmtrain.sampling.batched import Completion, Request, Sampling, TextGenerator
-from llmtrain.sampling.prompts import check_chat_template, check_messages, encode_messages, encode_text
+from llmtrain.sampling.batched import Completion, Request
+from llmtrain.sampling.generators import Generator
+from llmtrain.sampling.infilling import check_no_holes, encode_prompt
+from llmtrain.sampling.prompts import check_chat_template, check_messages, encode_messages
 from llmtrain.sampling.rows import read_rows
 
 ADDED = ("completions", "prompt_tokens")  # fields that a row of the output has beside its own
@@ -45,7 +47,7 @@ def check_output(output: Path) -> None:
 
 
 def complete_file(
-    saved: Saved, input_file: Path, output: Path, rows: Sequence[Record], generator: TextGenerator, num: int, skip: bool
+    saved: Saved, input_file: Path, output: Path, rows: Sequence[Record], generator: Generator, num: int, skip: bool
 ) -> Summary:
     """Answers each row `num` times; see the module.
 
@@ -58,11 +60,11 @@ def complete_file(
         TrainingError: the disk is full, or fails.
     """
     prompts = [_encode(saved, row) for row in rows]
-    fits = [_fits(generator, ids) for ids in prompts]
+    fits = [generator.fits(ids) for ids in prompts]
     if not all(fits) and not skip:
         raise _too_long(saved, rows, prompts, fits)
     partial = output.with_name(f"{output.name}.partial")
-    header = _header(saved, input_file, generator.sampling, num, skip)
+    header = _header(saved, input_file, generator.settings(), num, skip)
     done = _done_before(partial, header, len(rows))
     before = len(done)
     requests = [
@@ -118,14 +120,12 @@ def _encode(saved: Saved, row: Record) -> list[int]:
             remedy='write {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}',
         )
     if isinstance(prompt, str):
-        return encode_text(saved.tokenizer, prompt, row.where)
+        return encode_prompt(saved, prompt, row.where)
     conversation = check_messages(prompt if messages is None else messages, row.where)
     check_chat_template(saved, row.where, "give prompts as texts, or a tokenizer with a chat template")
-    return encode_messages(saved.tokenizer, conversation, row.where, row.fields.get("tools"))
-
-
-def _fits(generator: TextGenerator, ids: Sequence[int]) -> bool:
-    return generator.room(len(ids)) > 0
+    ids = encode_messages(saved.tokenizer, conversation, row.where, row.fields.get("tools"))
+    check_no_holes(saved, ids, row.where)
+    return ids
 
 
 def _too_long(saved: Saved, rows: Sequence[Record], prompts: Sequence[list[int]], fits: Sequence[bool]) -> InputError:
@@ -138,11 +138,11 @@ def _too_long(saved: Saved, rows: Sequence[Record], prompts: Sequence[list[int]]
     )
 
 
-def _header(saved: Saved, input_file: Path, sampling: Sampling, num: int, skip: bool) -> dict[str, Any]:
+def _header(saved: Saved, input_file: Path, settings: Mapping[str, Any], num: int, skip: bool) -> dict[str, Any]:
     with open_binary(input_file) as file:
         digest = hashlib.sha256(file.read()).hexdigest()  # its rows are in memory, too
     model = {"path": saved.location.path, "base": saved.location.base, "dtype": str(saved.decoder.dtype)}
-    return {"input_sha256": digest, "model": model, "num": num, "skip_long": skip, **_listed(asdict(sampling))}
+    return {"input_sha256": digest, "model": model, "num": num, "skip_long": skip, **_listed(settings)}
 
 
 def _listed(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def nll(engine: Any, tensors: Mapping[str, Tensor]) -> Tensor:
 def main(recipe_file: Path, run: Path, universal: Path, stage: int, result: Path) -> None:
     recipe = load_recipe(recipe_file).recipe
     cache = cache_directory(recipe.data.cache_dir)
-    datasets = prepare_data(recipe, prepare_tokenizer(recipe, cache), cache)
+    datasets = prepare_data(recipe, prepare_tokenizer(recipe, cache).tokenizer, cache)
     loader = Loader(datasets.train, datasets.order(recipe.seed), 8, 8, 0, 1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for minutes
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}

@@ -27,11 +27,11 @@ def packed(tmp_path_factory):
     """Algorithm and micro-batch of packed rows, with the rows' documents as they are."""
     recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("parity"))).recipe
     cache = cache_directory(None)
-    tokenizer = prepare_tokenizer(recipe, cache)
+    tokenizer = prepare_tokenizer(recipe, cache).tokenizer
     datasets = prepare_data(recipe, tokenizer, cache)
     loader = Loader(datasets.train, datasets.order(recipe.seed), ROWS, ROWS, rank=0, world_size=1)
     samples = TextSamples(None, tokenizer, recipe.sequence_length, 0, datasets.documents.prompt_ids)
-    algorithm = Supervised(nll, loader, HeldOut([], tokenizer), samples, {})
+    algorithm = Supervised(nll, loader.micro_batches, HeldOut([], 0), samples, {})
     (micro,) = next(algorithm.step_batches(0))
     return algorithm, micro, len(tokenizer)
 

@@ -33,11 +33,11 @@ def our_side(directory: Path, **overrides: Any) -> tuple[Engine, Supervised, Mic
     recipe = schema.Recipe.model_validate(sft_recipe(directory, data=data, batch=batch, **overrides))
     assert isinstance(recipe.algorithm, schema.SFT)
     cache = cache_directory(recipe.data.cache_dir)
-    tokenizer = prepare_tokenizer(recipe, cache)
+    tokenizer = prepare_tokenizer(recipe, cache).tokenizer
     datasets = prepare_data(recipe, tokenizer, cache)
     loader = Loader(datasets.train, datasets.order(recipe.seed), ROWS, ROWS, rank=0, world_size=1)
     samples = TextSamples(None, tokenizer, 64, 0, datasets.documents.prompt_ids)
-    algorithm = Supervised(LOSSES[recipe.algorithm.loss], loader, HeldOut([], tokenizer), samples, {})
+    algorithm = Supervised(LOSSES[recipe.algorithm.loss], loader.micro_batches, HeldOut([], 0), samples, {})
     blueprint = open_model(recipe, tokenizer)
     adapt(blueprint, recipe, tokenizer)
     (micro,) = next(algorithm.step_batches(0))

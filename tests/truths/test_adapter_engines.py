@@ -21,7 +21,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     # It reads the frozen weights, changes them, and is counted from the unchanged ones when it is exported.
     "lora": adapters.LORA | {"dora": True, "init": "pissa"},
     "p_tuning": {"kind": "p_tuning", "num_virtual_tokens": 4},
+    # On a tied model that is new to the mask token, whose row is trained beside the matrices.
+    "mask_row": adapters.LORA,
 }
+OF_ADAPTERS = ("lora_", "prompt.", "trainable_tokens_delta")  # in names of parameters
 STEPS = 6
 
 pytestmark = pytest.mark.slow  # tests/truths/test_sft.py has some of it for every day
@@ -29,7 +32,8 @@ pytestmark = pytest.mark.slow  # tests/truths/test_sft.py has some of it for eve
 
 def recipe(directory: Path, name: str) -> Path:
     """An adapter on a pretrained model, whose tokenizer knows the words of the corpus."""
-    base = adapters.pretrained(directory / "base", max_position_embeddings=64)
+    masked = name == "mask_row"
+    base = adapters.pretrained(directory / "base", max_position_embeddings=64, tie_word_embeddings=masked)
     groups = [{"names": "*lora_B*", "lr_ratio": 2}] if name == "lora" else []
     path = write_recipe(
         directory,
@@ -39,6 +43,7 @@ def recipe(directory: Path, name: str) -> Path:
         adapter=ADAPTERS[name],
         batch={"sequences": 8, "micro_sequences": 1},
         optimizer={"kind": "adamw", "lr": 1e-2, "eps": 1e-4, "groups": groups},
+        algorithm={"kind": "masked_diffusion" if masked else "causal_lm"},
     )
     corpus = directory / "corpus.txt"
     words = {word: f"w{number}" for number, word in enumerate(sorted(set(TEXT.split())), start=3)}
@@ -69,6 +74,11 @@ def p_tuning(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return runs_of("p_tuning", tmp_path_factory.mktemp("p_tuning"))
 
 
+@pytest.fixture(scope="module")
+def mask_row(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return runs_of("mask_row", tmp_path_factory.mktemp("mask_row"))
+
+
 def exported(run: Path) -> dict[str, Tensor]:
     return load_file(run / "final" / "adapter_model.safetensors")
 
@@ -85,7 +95,7 @@ def assert_the_engine_changes_nothing(run: Path, single: Path) -> None:
     state = training_state(run, STEPS)
     assert_close(state, training_state(single, STEPS), 2e-5)
     of_parameters = {name for name in state if name.startswith("policy/model.")}
-    assert of_parameters and all("lora_" in name or "prompt." in name for name in of_parameters)
+    assert of_parameters and all(any(kind in name for kind in OF_ADAPTERS) for name in of_parameters)
     for ours, theirs in zip(read_metrics(run / "metrics.jsonl"), read_metrics(single / "metrics.jsonl"), strict=True):
         for figure in {"loss", "grad_norm", "eval_loss"} & theirs.keys():
             assert ours[figure] == pytest.approx(theirs[figure], rel=1e-5), (ours["step"], figure)
@@ -99,6 +109,12 @@ def test_the_engine_changes_nothing_for_lora(engine: str, lora: Runs) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_engine_changes_nothing_for_a_prompt(engine: str, p_tuning: Runs) -> None:
     assert_the_engine_changes_nothing(p_tuning.of[engine], p_tuning.single)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_engine_changes_nothing_for_the_row_of_a_mask(engine: str, mask_row: Runs) -> None:
+    assert any("trainable_tokens_delta" in name for name in exported(mask_row.single))
+    assert_the_engine_changes_nothing(mask_row.of[engine], mask_row.single)
 
 
 def gone_on(run: Path, runs: Runs, directory: Path) -> Path:

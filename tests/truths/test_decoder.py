@@ -5,7 +5,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtrain.errors import InputError
-from llmtrain.models.checks import Asked, check_causality, check_document_isolation, check_head
+from llmtrain.models.checks import (
+    Asked,
+    check_attends_as_told,
+    check_causality,
+    check_document_isolation,
+    check_head,
+)
 from llmtrain.models.decoder import Decoder
 from llmtrain.models.loss_head import linear_cross_entropy
 
@@ -90,6 +96,46 @@ def test_an_encoder_is_seen_to_look_ahead():
     with pytest.raises(InputError, match=r"not causal"):
         check_causality(asked("bert-generation", **shape))
     check_causality(asked("bert-generation", is_decoder=True, **shape))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "attention"),
+    [(name, kernel) for name in ("llama", "qwen3", "mistral") for kernel in ("sdpa", "eager")] + [("gemma2", "eager")],
+)
+def test_attention_that_takes_a_mask_passes(architecture, attention):
+    """Also where the architecture has windows of its own, narrower than the documents."""
+    window = {"sliding_window": 2} if architecture in ("mistral", "gemma2") else {}
+    check_attends_as_told(asked(architecture, attention, **window))
+
+
+def test_what_attends_otherwise_than_it_is_told_is_seen(monkeypatch):
+    with pytest.raises(InputError, match="a token does not see those after it"):
+        check_attends_as_told(asked("mamba2"))
+    told = asked("llama")
+    monkeypatch.setattr("llmtrain.models.decoder.as_mask", lambda *arguments: None)  # as a model that drops the mask
+    with pytest.raises(InputError, match="does not attend as it is told") as caught:
+        check_attends_as_told(told)
+    assert caught.value.where == "model" and "choose a decoder such as" in caught.value.remedy
+    everything = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    monkeypatch.setattr("llmtrain.models.decoder.as_mask", lambda *arguments: everything)
+    with pytest.raises(InputError, match="a token sees another document"):
+        check_attends_as_told(told)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("bloom", dict(hidden_size=32, n_layer=2, n_head=4)),
+        ("xlm", dict(emb_dim=32, n_layers=2, n_heads=4)),
+        ("falcon_mamba", dict(hidden_size=32, num_hidden_layers=2, state_size=4)),
+    ],
+)
+def test_attention_that_takes_a_mask_of_another_shape_is_refused(architecture, fields):
+    """ValueError, AssertionError and RuntimeErrors: what transformers raises then, by a look at all its decoders."""
+    told = asked(architecture, None, **fields)
+    with pytest.raises(InputError, match="takes no mask that says who attends to whom: [A-Z]") as caught:
+        check_attends_as_told(told)
+    assert caught.value.where == "model" and "choose a decoder such as" in caught.value.remedy
 
 
 def test_sizes_that_do_not_fit_each_other_are_seen():

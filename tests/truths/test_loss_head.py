@@ -1,11 +1,20 @@
 """The chunked head equals the plain one: loss, log-probs, entropy, and every gradient."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from llmtrain.models import loss_head
-from llmtrain.models.loss_head import IGNORE_INDEX, linear_cross_entropy, linear_logprobs
+from llmtrain.models.loss_head import (
+    IGNORE_INDEX,
+    bias_without,
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_rowwise,
+)
 
 N, D, V = 200, 16, 50
 
@@ -103,3 +112,132 @@ def test_a_gradient_larger_than_bf16_can_add_survives_many_chunks():
     targets = torch.zeros(rows, dtype=torch.int64)
     (gradient,) = gradients(linear_cross_entropy(hidden, weight, targets), weight)
     torch.testing.assert_close(gradient.float(), torch.tensor([[-rows / 2], [rows / 2]]), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_weighted_rows_equal_the_plain_weighted_sum(bias):
+    """Weights of any size, zero and negative ones too; gradients of the states, the head and its bias."""
+    hidden, weight, b, targets = inputs(bias, torch.float32)
+    weights = torch.randn(N, generator=torch.Generator().manual_seed(1)) * 10
+    weights[3:9] = 0
+    ours = linear_cross_entropy(hidden, weight, targets, b, weights)
+    rows = F.cross_entropy(F.linear(hidden, weight, b), targets, ignore_index=IGNORE_INDEX, reduction="none")
+    plain = (rows * weights).sum()
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
+    for a, e in zip(gradients(ours * 0.37, hidden, weight, b), gradients(plain * 0.37, hidden, weight, b), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    same = linear_cross_entropy(hidden, weight, targets, b, torch.ones(N))
+    assert same.item() == pytest.approx(linear_cross_entropy(hidden, weight, targets, b).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rowwise_functions_equal_those_of_whole_logits(bias):
+    hidden, weight, b, targets = inputs(bias, torch.float32)
+    targets = targets.clamp_min(0)
+
+    def function(logits, part):
+        return logits.square().logsumexp(1) - logits.gather(1, targets[part][:, None])[:, 0].exp()
+
+    ours = linear_rowwise(hidden, weight, b, function)
+    plain = function(F.linear(hidden, weight, b), slice(None))
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    mix = torch.linspace(-1, 1, N)
+    for a, e in zip(
+        gradients((ours * mix).sum(), hidden, weight, b), gradients((plain * mix).sum(), hidden, weight, b), strict=True
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-3 * e.abs().max().item())
+
+
+def test_rowwise_chunks_are_computed_again_and_not_kept():
+    """The largest tensor that backward keeps is no chunk of logits."""
+    hidden, weight, _, _ = inputs(False, torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+        linear_rowwise(hidden, weight, None, lambda logits, part: logits.exp().sum(1)).sum()
+    assert kept and all(shape != (64, V) and shape != (N, V) for shape in kept)
+
+
+@pytest.mark.parametrize("head", ["weighted", "rowwise"])
+def test_no_rows_are_a_loss_of_zero_with_gradients(head):
+    """As of a micro-batch in which nothing was masked: sharding engines wait for its backward."""
+    _, weight, _, _ = inputs(False, torch.float32)
+    states = torch.randn(3, D, requires_grad=True)
+    none = states[:0]
+    if head == "weighted":
+        loss = linear_cross_entropy(none, weight, torch.empty(0, dtype=torch.int64), None, torch.empty(0))
+    else:
+        loss = linear_rowwise(none, weight, None, lambda logits, part: logits.logsumexp(1)).sum()
+    assert loss.item() == 0
+    assert all((g == 0).all() for g in gradients(loss, states, weight))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_token_without_probability(bias):
+    """As if its row of the head were not there; that row gets no gradient, and entropy stays finite."""
+    hidden, weight, b, targets = inputs(bias, torch.float32)
+    left_out = 7
+    targets[targets == left_out] = 8
+    head = torch.nn.Linear(D, V, bias=bias)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        if bias:
+            head.bias.copy_(b)
+    others = [token for token in range(V) if token != left_out]
+    counted = targets != IGNORE_INDEX
+    renumbered = torch.where(counted, targets - (targets > left_out).long(), targets)
+    plain_bias = head.bias[others] if bias else None
+    plain = F.cross_entropy(
+        F.linear(hidden, head.weight[others], plain_bias), renumbered, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    parameters = [hidden, *head.parameters()]
+    expected = torch.autograd.grad(plain, parameters)
+    ours = linear_cross_entropy(hidden, head.weight, targets, bias_without(head, left_out))
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
+    for a, e in zip(torch.autograd.grad(ours, parameters), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+    assert (
+        torch.autograd.grad(
+            linear_cross_entropy(hidden, head.weight, targets, bias_without(head, left_out)), head.weight
+        )[0][left_out]
+        .eq(0)
+        .all()
+    )
+    logprobs, entropy = linear_logprobs(hidden, head.weight, targets, bias_without(head, left_out))
+    torch.testing.assert_close(-logprobs.sum(), plain, rtol=1e-6, atol=0)
+    assert entropy.isfinite().all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = linear_cross_entropy(hidden, head.weight, targets, bias_without(head, left_out))
+    assert rounded.item() == pytest.approx(plain.item(), rel=1e-2)
+
+
+def test_without_gradients_none_are_computed(monkeypatch):
+    """Evaluation asks for the loss alone; the gradients would be most of the work."""
+    hidden, weight, b, targets = inputs(True, torch.float32)
+    seen = []
+    original = torch.Tensor.scatter_add_
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", lambda *a: seen.append(1) or original(*a))
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, targets, b)
+    assert not seen
+    assert loss.item() == linear_cross_entropy(hidden, weight, targets, b).item() and seen
+
+
+MANY_SHAPES = """
+import random, torch
+from llmtrain.models.loss_head import linear_cross_entropy
+from llmtrain.observe.memory import peak_memory_bytes
+weight, chooser, peaks = torch.randn(4096, 384, requires_grad=True), random.Random(0), []
+for _ in range(60):
+    num = chooser.randint(400, 1300)
+    hidden = torch.randn(num, 384, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(hidden, weight, torch.zeros(num, dtype=torch.int64)).backward()
+    peaks.append(peak_memory_bytes(torch.device("cpu")))
+print(peaks[-1] - peaks[19])
+"""
+
+
+def test_memory_does_not_grow_with_the_numbers_of_rows_that_were_seen():
+    """Of masked tokens there is another number in every step, and oneDNN keeps what it makes for each shape."""
+    grown = int(subprocess.run([sys.executable, "-c", MANY_SHAPES], check=True, capture_output=True).stdout)
+    assert grown < 100e6  # it was 300 MB

@@ -16,7 +16,7 @@ import torch
 from llmtrain import __version__, cli
 from llmtrain.errors import InputError, TrainingError
 from llmtrain.recipe.loading import load_recipe
-from llmtrain.recipe.shipped import recipe_names
+from llmtrain.recipe.shipped import comparison_names, recipe_names
 from tests.unit.recipe.minimal import MINIMAL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -224,7 +224,7 @@ def in_terminal(columns: int, *arguments: str) -> str:
 def test_list_in_a_pipe(llmtrain: Run) -> None:
     lines = [line.split("\t") for line in llmtrain("recipes", "list").out.splitlines()]
     assert lines[0] == ["name", "description", "architecture", "algorithm"]
-    assert [line[0] for line in lines[1:]] == recipe_names()
+    assert [line[0] for line in lines[1:]] == [*recipe_names(), *comparison_names()]
     assert lines[1][2:] == ["llama", "causal_lm"]
 
 

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "observe", "schedule", "signals", "rundir", "verdict", "ending"),
     ("loop",),
     ("run",),
-    ("quickstart", "launch", "export", "fetch"),
+    ("quickstart", "compare", "launch", "export", "fetch"),
     ("cli", "cli_checkpoint", "cli_data", "cli_loading", "cli_use"),
     ("__main__",),
 )

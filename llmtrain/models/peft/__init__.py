@@ -15,7 +15,7 @@ import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import TrainableTokensWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmtrain.errors import InputError
 from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.decoder import Decoder
+from llmtrain.models.growth import bare_head
 from llmtrain.models.hub import MODEL_DTYPE
 from llmtrain.models.peft import layers, prompt
 from llmtrain.models.peft.config import check_names, peft_config, refused_as_input_error, target_names
@@ -71,7 +72,8 @@ def adapt(blueprint: Blueprint, recipe: Recipe, tokenizer: PreTrainedTokenizerBa
     if spec is None:
         return None
     decoder = blueprint.decoder
-    config = peft_config(spec, recipe, decoder.hf)
+    mask_row = _new_mask_row(blueprint, recipe, tokenizer)
+    config = peft_config(spec, recipe, decoder.hf, mask_row)
     check_names(spec, config, decoder.hf)
     bases = tuple(Path(directory).expanduser() for directory in spec.base)
     if bases:
@@ -83,9 +85,11 @@ def adapt(blueprint: Blueprint, recipe: Recipe, tokenizer: PreTrainedTokenizerBa
             model = prompt.put_in(spec, config, blueprint, recipe, tokenizer)
         else:
             model = _put_into_layers(blueprint, config, recipe)
+    if mask_row is not None:
+        bare_head(decoder.hf, mask_row)
     _set_dtypes(decoder, own, recipe)
     _check_head(decoder)
-    _check_added_tokens(blueprint)
+    _check_added_tokens(blueprint, recipe)
     new = {*decoder.parameters(), *decoder.buffers()} - own
     added = {tensor: name for name, tensor in decoder.state_dict(keep_vars=True).items() if tensor in new}
     peft_names = {name: added[tensor] for name, tensor in model.state_dict(keep_vars=True).items() if tensor in added}
@@ -219,16 +223,29 @@ def _check_head(decoder: Decoder) -> None:
         )
 
 
-def _check_added_tokens(blueprint: Blueprint) -> None:
-    if not blueprint.new_rows:
-        return
-    decoder = blueprint.decoder
-    if not any(parameter.requires_grad for parameter in decoder.hf.get_input_embeddings().parameters()):
+def _new_mask_row(blueprint: Blueprint, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The row of the mask token, where that is the one token that is new to the model."""
+    if recipe.mask_token is None or list(blueprint.new_rows) != [tokenizer.mask_token_id]:
+        return None
+    return blueprint.new_rows.start
+
+
+def _check_added_tokens(blueprint: Blueprint, recipe: Recipe) -> None:
+    embedding = blueprint.decoder.hf.get_input_embeddings()
+    saved: set[int] = set()  # matrices on the embedding would be, and not the rows that they are on
+    if isinstance(embedding, TrainableTokensWrapper):
+        saved = set(embedding.token_adapter.token_indices[layers.NAME])
+    elif isinstance(embedding, ModulesToSaveWrapper):
+        saved = set(blueprint.new_rows)
+    if left := set(blueprint.new_rows) - saved:
+        keys = [f"algorithm.mask_token ({recipe.mask_token})"] if recipe.mask_token else []
+        if not keys or len(blueprint.new_rows) > 1:
+            keys.insert(0, "tokenizer.add_tokens")
         raise InputError(
-            f"tokenizer.add_tokens gives the model {len(blueprint.new_rows)} new embeddings, which this adapter would "
-            "neither train nor save",
+            f"the model gets {len(left)} new embeddings by {' and '.join(keys)}, which this adapter would not save",
             where="adapter.modules_to_save",
-            remedy="add embed_tokens (and lm_head, where it is not tied to them), by the model's names for them",
+            remedy="add embed_tokens (and lm_head, where it is not tied to them), by the model's names for them; for a "
+            "mask token alone adapter.kind lora does without",
         )
 
 
@@ -263,7 +280,10 @@ def save_adapter(
         prefixed = {name: state[own] for name, own in adapter.peft_names.items()}
         tensors = _of_adapter(adapter, prefixed, layers.NAME)
         if layers.changes_base(config):
-            tensors = _counted_from(_of_adapter(adapter, prefixed, layers.INITIAL), tensors, config)
+            # peft asks every adapter of a model for the rows that one of them trains; these are counted from nothing.
+            rows = {name: tensor for name, tensor in prefixed.items() if name.endswith(f"_tokens_delta.{layers.NAME}")}
+            renamed = {name.removesuffix(layers.NAME) + layers.INITIAL: tensor for name, tensor in rows.items()}
+            tensors = _counted_from(_of_adapter(adapter, prefixed | renamed, layers.INITIAL), tensors, config)
     save_file(
         {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
         directory / ADAPTER_WEIGHTS,

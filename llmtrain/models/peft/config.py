@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import PreTrainedModel
@@ -48,8 +49,11 @@ CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _NEEDS_DATA = ("corda", "eva", "loftq", "lora_ga")
 
 
-def peft_config(spec: Adapter, recipe: Recipe, hf: PreTrainedModel) -> PeftConfig:
+def peft_config(spec: Adapter, recipe: Recipe, hf: PreTrainedModel, mask_row: int | None = None) -> PeftConfig:
     """The configuration that peft would save of this adapter.
+
+    Args:
+        mask_row: of the embedding, where the model is new to the mask token; LoRA trains it beside its matrices.
 
     Raises:
         InputError: peft has no such type or field, or refuses a value.
@@ -74,12 +78,14 @@ def peft_config(spec: Adapter, recipe: Recipe, hf: PreTrainedModel) -> PeftConfi
         if isinstance(spec, IA3):
             feedforward = None if spec.feedforward_modules is None else list(spec.feedforward_modules)
             return IA3Config(target_modules=spec.target_modules, feedforward_modules=feedforward, **common)
-        return _of_lora(spec, hf, common)
+        return _of_lora(spec, hf, common, mask_row)
 
 
-def _of_lora(spec: LoRA, hf: PreTrainedModel, common: dict[str, Any]) -> PeftConfig:
-    trains_embeddings = any(name.split(".")[-1] in EMBEDDING_LAYER_NAMES for name in spec.modules_to_save)
-    return LoraConfig(
+def _of_lora(spec: LoRA, hf: PreTrainedModel, common: dict[str, Any], mask_row: int | None) -> PeftConfig:
+    saved = {name.split(".")[-1] for name in spec.modules_to_save}
+    is_tied = bool(config_field(hf.config, "tie_word_embeddings"))
+    ties = is_tied and not saved.isdisjoint(EMBEDDING_LAYER_NAMES)
+    config = LoraConfig(
         r=spec.r,
         lora_alpha=int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
         lora_dropout=spec.dropout,
@@ -87,10 +93,21 @@ def _of_lora(spec: LoRA, hf: PreTrainedModel, common: dict[str, Any]) -> PeftCon
         use_dora=spec.dora,
         init_lora_weights=True if spec.init == "default" else spec.init,
         target_modules=spec.target_modules,
-        # A tied head stays tied to the embedding that is trained.
-        ensure_weight_tying=trains_embeddings and bool(config_field(hf.config, "tie_word_embeddings")),
+        ensure_weight_tying=ties,  # a tied head stays tied to the embedding that is trained
         **common,
     )
+    embedding = _embedding_name(hf)
+    own = embedding.rpartition(".")[2]
+    is_trained = ties or own in saved or check_target_module_exists(config, embedding)
+    if mask_row is not None and not is_trained:
+        config.trainable_token_indices = {own: [mask_row]}
+    return config
+
+
+def _embedding_name(hf: PreTrainedModel) -> str:
+    embedding = hf.get_input_embeddings()
+    name: str = next(name for name, module in hf.named_modules() if module is embedding)
+    return name
 
 
 def _of_prompt(spec: PromptTuning | PrefixTuning | PTuning, common: dict[str, Any]) -> PeftConfig:

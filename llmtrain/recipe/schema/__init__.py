@@ -15,6 +15,16 @@ from llmtrain.recipe.schema.adapter import (
     PromptTuning,
     PTuning,
 )
+from llmtrain.recipe.schema.algorithm import (
+    DIFFUSION,
+    SFT,
+    Algorithm,
+    BlockDiffusion,
+    CausalLM,
+    Diffusion,
+    MaskedDiffusion,
+    ScoreEntropy,
+)
 from llmtrain.recipe.schema.around import (
     EMA,
     Best,
@@ -60,12 +70,9 @@ from llmtrain.recipe.schema.model import (
 )
 from llmtrain.recipe.schema.recipe import Recipe
 from llmtrain.recipe.schema.training import (
-    SFT,
     WSD,
     AdamW,
-    Algorithm,
     Batch,
-    CausalLM,
     Constant,
     Cosine,
     Linear,
@@ -75,6 +82,7 @@ from llmtrain.recipe.schema.training import (
 )
 
 __all__ = [
+    "DIFFUSION",
     "EMA",
     "IA3",
     "SFT",
@@ -85,6 +93,7 @@ __all__ = [
     "AutoEngine",
     "Batch",
     "Best",
+    "BlockDiffusion",
     "CausalLM",
     "Checkpoint",
     "Constant",
@@ -92,6 +101,7 @@ __all__ = [
     "DDPEngine",
     "Data",
     "DeepSpeedEngine",
+    "Diffusion",
     "EarlyStopping",
     "Engine",
     "EngineOptions",
@@ -105,6 +115,7 @@ __all__ = [
     "Linear",
     "LoRA",
     "Logging",
+    "MaskedDiffusion",
     "Model",
     "ModelFromConfig",
     "ModelFromGGUF",
@@ -123,6 +134,7 @@ __all__ = [
     "RecordSource",
     "Samples",
     "Schedule",
+    "ScoreEntropy",
     "Section",
     "SentencePieceTokenizer",
     "SingleEngine",

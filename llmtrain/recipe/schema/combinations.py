@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmtrain.recipe.schema.adapter import PrefixTuning
+from llmtrain.recipe.schema.adapter import PrefixTuning, PromptLearning
+from llmtrain.recipe.schema.algorithm import DIFFUSION, BlockDiffusion, MaskedDiffusion, ScoreEntropy
 from llmtrain.recipe.schema.data import RecordSource
 from llmtrain.recipe.schema.engine import DeepSpeedEngine, FSDPEngine
 from llmtrain.recipe.schema.model import ModelFromPretrained
@@ -20,16 +21,17 @@ def contradiction(recipe: Recipe) -> str | None:
         or (_of_deepspeed(recipe, recipe.engine) if isinstance(recipe.engine, DeepSpeedEngine) else None)
         or _of_data(recipe)
         or _of_adapter(recipe)
+        or (_of_diffusion(recipe, recipe.algorithm) if isinstance(recipe.algorithm, DIFFUSION) else None)
     )
 
 
 def _of_data(recipe: Recipe) -> str | None:
-    if recipe.algorithm.kind == "sft":
+    if recipe.fine_tunes:
         return None
     data, kind = recipe.data, recipe.algorithm.kind
     for key in ("chat_template", "train_on", "max_empty_share"):
         if dict(data)[key] != type(data).model_fields[key].default:
-            return f"data.{key} is for algorithm sft, not {kind}; take it away, or use algorithm.kind: sft"
+            return f"data.{key} is for fine-tuning, not {kind} of texts; take it away, or use algorithm.kind: sft"
     if data.overflow == "truncate" and recipe.packing != "best_fit":
         return f"data.overflow truncate is for packing best_fit and for algorithm sft; {kind} splits long documents"
     for source in [*data.train, *(data.validation or [])]:
@@ -55,6 +57,38 @@ def _of_adapter(recipe: Recipe) -> str | None:
             "model.quantization keeps weights in a form that cannot be sharded here; use engine.kind ddp, or deepspeed "
             "with zero_stage 1 or 2, and engine.activation_checkpointing for memory"
         )
+    return None
+
+
+def _of_diffusion(recipe: Recipe, algorithm: MaskedDiffusion | BlockDiffusion | ScoreEntropy) -> str | None:
+    if isinstance(recipe.adapter, PromptLearning):
+        return (
+            f"adapter {recipe.adapter.kind} puts tokens before causal text, and {algorithm.kind} attends both ways; "
+            "use adapter lora"
+        )
+    if recipe.model.attention == "flash_attention_2":
+        return (
+            f"model.attention flash_attention_2 knows causal attention only, which {algorithm.kind} does not have; use "
+            "auto, or on GPUs flex_attention"
+        )
+    if isinstance(algorithm, BlockDiffusion):
+        largest = max([algorithm.block_size, *(stage.block_size for stage in algorithm.curriculum)])
+        if largest > recipe.sequence_length:
+            return (
+                f"algorithm.block_size {largest} is more than sequence_length {recipe.sequence_length}, so that no row "
+                "has a whole block; use smaller blocks or longer rows"
+            )
+        last = algorithm.curriculum[-1].from_step if algorithm.curriculum else 0
+        if recipe.steps is not None and last >= recipe.steps:
+            return (
+                f"algorithm.curriculum comes to blocks of {algorithm.block_size} at step {last}, and the run ends "
+                f"after {recipe.steps} steps; begin them earlier, or leave them out"
+            )
+    if isinstance(algorithm, BlockDiffusion) and algorithm.clip is not None:
+        if algorithm.block_size == 1:
+            return "algorithm.clip has no meaning for blocks of one token, whose loss does not depend on the rate"
+        if algorithm.clip == "search" and recipe.data.validation is None and recipe.data.validation_fraction == 0:
+            return "algorithm.clip search measures on held-out rows; give data.validation or validation_fraction"
     return None
 
 

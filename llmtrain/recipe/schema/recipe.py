@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from llmtrain.recipe.schema.adapter import Adapter
+from llmtrain.recipe.schema.algorithm import DIFFUSION, SFT, Algorithm, BlockDiffusion, MaskedDiffusion, ScoreEntropy
 from llmtrain.recipe.schema.around import EMA, Checkpoint, EarlyStopping, Evaluation, Logging, Samples, Watchdog
 from llmtrain.recipe.schema.base import PositiveInt, Section
 from llmtrain.recipe.schema.combinations import contradiction
 from llmtrain.recipe.schema.data import Data
 from llmtrain.recipe.schema.engine import AutoEngine, Engine
 from llmtrain.recipe.schema.model import Model, ModelTokenizer, Tokenizer
-from llmtrain.recipe.schema.training import AdamW, Algorithm, Batch, Schedule, exceeding
+from llmtrain.recipe.schema.training import AdamW, Batch, Schedule, exceeding
 
 # Of fine-tuning, by what is trained: that of TRL's SFT for the whole model, ten times that for adapters in the
 # layers ("LoRA Without Regret", 2025), and what the papers of the others use.
@@ -90,7 +91,7 @@ class Recipe(Section):
         return self
 
     def _take_default_lr(self) -> None:
-        if self.algorithm.kind != "sft":
+        if not self.fine_tunes:
             raise ValueError("optimizer has no lr, and only fine-tuning (algorithm sft) has a default for it")
         lr = DEFAULT_LR["full" if self.adapter is None else self.adapter.kind]
         # The section is frozen for its users; it is not in use yet.
@@ -103,17 +104,40 @@ class Recipe(Section):
         return self.optimizer.lr
 
     @property
+    def fine_tunes(self) -> bool:
+        """Whether the data are examples, of which some tokens are trained, rather than texts."""
+        algorithm = self.algorithm
+        return isinstance(algorithm, SFT) or (isinstance(algorithm, DIFFUSION) and algorithm.task == "sft")
+
+    @property
+    def mask_token(self) -> str | None:
+        """The token that stands for a masked one; None where the algorithm masks nothing."""
+        algorithm = self.algorithm
+        if not isinstance(algorithm, DIFFUSION) or (
+            isinstance(algorithm, ScoreEntropy) and algorithm.noise == "uniform"
+        ):
+            return None
+        return algorithm.mask_token
+
+    @property
+    def copies(self) -> int:
+        """How often a forward holds each token: block diffusion's noisy and clean ones, complementary views."""
+        algorithm = self.algorithm
+        complementary = isinstance(algorithm, MaskedDiffusion) and algorithm.complementary
+        return 2 if complementary or isinstance(algorithm, BlockDiffusion) else 1
+
+    @property
     def packing(self) -> Literal["documents", "best_fit", "none"]:
         """How documents become rows."""
         if self.data.packing == "auto":
-            return "best_fit" if self.algorithm.kind == "sft" else "documents"
+            return "best_fit" if self.fine_tunes else "documents"
         return self.data.packing
 
     @property
     def overflow(self) -> Literal["truncate", "split"]:
         """What becomes of a document that is longer than a row."""
         if self.data.overflow == "auto":
-            return "truncate" if self.algorithm.kind == "sft" else "split"
+            return "truncate" if self.fine_tunes else "split"
         return self.data.overflow
 
     @property

@@ -23,29 +23,6 @@ class Batch(Section):
         return self
 
 
-class CausalLM(Section):
-    """Autoregressive language modelling: every token but a document's first is predicted."""
-
-    kind: Literal["causal_lm"]
-
-
-class SFT(Section):
-    """Supervised fine-tuning: of a conversation the assistant's tokens are predicted, of a text all."""
-
-    kind: Literal["sft"]
-    loss: Literal["nll", "dft"] = Field(
-        "nll",
-        description="nll: cross-entropy. dft: each token's loss times its own probability, without its gradient "
-        "(arXiv 2508.05629).",
-    )
-    neftune_alpha: PositiveFloat | None = Field(
-        None, description="Noise on the embeddings while training, of this size (NEFTune, arXiv 2310.05914); try 5."
-    )
-
-
-Algorithm = Annotated[CausalLM | SFT, Field(discriminator="kind")]
-
-
 class ParameterGroup(Section):
     """Parameters with a learning rate of their own."""
 

@@ -1,16 +1,16 @@
 """Held-out figures, samples and state of causal LM; its loss is proven in tests/parity and tests/truths."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import pytest
 import torch
 
 from llmtrain.algorithms.causal_lm import nll
-from llmtrain.algorithms.texts import HeldOut, Supervised, TextSamples
+from llmtrain.algorithms.texts import HeldOut, Supervised, TextSamples, bytes_of
 from llmtrain.contracts import POLICY, MicroBatch, Sample
 from llmtrain.data.documents import Texts
-from llmtrain.data.loader import Loader
 from llmtrain.errors import InputError
 from llmtrain.models.decoder import Decoder
 from llmtrain.models.loss_head import IGNORE_INDEX
@@ -22,20 +22,18 @@ DATA = {"data.train": "abc", "data.validation": "def"}
 EOS = 1
 
 
-class Steps:
-    """A loader that says which step it was asked for."""
-
-    def micro_batches(self, step: int) -> list[int]:
-        return [step]
+def micro_batches(step: int) -> Any:
+    """They say which step was asked for."""
+    return [step]
 
 
 def algorithm(held_out: list[MicroBatch] | None = None, samples: Samples | None = None, **changes: Any) -> Supervised:
-    settings = {"max_length": 32, "seed": 0, "data_fingerprint": DATA} | changes
+    settings: dict[str, Any] = {"max_length": 32, "seed": 0, "data_fingerprint": DATA, "state": None} | changes
     tokenizer = tiny.tokenizer()
     texts = TextSamples(samples, tokenizer, settings["max_length"], settings["seed"], Texts(tokenizer).prompt_ids)
-    return Supervised(
-        nll, cast(Loader, Steps()), HeldOut(held_out or [], tokenizer), texts, cast(Any, settings["data_fingerprint"])
-    )
+    batches = held_out or []
+    measured = HeldOut(batches, bytes_of((micro.tensors["targets"] for micro in batches), tokenizer))
+    return Supervised(nll, micro_batches, measured, texts, settings["data_fingerprint"], settings["state"])
 
 
 def row(*ids: int) -> MicroBatch:
@@ -126,3 +124,27 @@ def test_the_state_is_that_of_the_data() -> None:
         ) as caught:
             algorithm(data_fingerprint=DATA | {key: "other"}).load_state_dict(state)
         assert caught.value.remedy
+
+
+class Counter:
+    """What of an algorithm changes while it trains."""
+
+    def __init__(self, value: int):
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.value = state["value"]
+
+
+def test_the_state_of_an_algorithm_is_saved_beside_that_of_the_data() -> None:
+    state = algorithm(state=Counter(5)).state_dict()
+    assert state == {"data": DATA, "value": 5} and algorithm().state_dict() == {"data": DATA}
+    restored = Counter(0)
+    with pytest.raises(InputError):
+        algorithm(state=restored, data_fingerprint={"data.train": "other"}).load_state_dict(state)
+    assert restored.value == 0
+    algorithm(state=restored).load_state_dict(state)
+    assert restored.value == 5

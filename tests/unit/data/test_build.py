@@ -45,7 +45,7 @@ def lines(file: Path, **more: object) -> dict[str, object]:
 
 
 def texts_in(rows: list[Rows], recipe: Recipe, cache: Path) -> set[str]:
-    tokenizer = prepare_tokenizer(recipe, cache)
+    tokenizer = prepare_tokenizer(recipe, cache).tokenizer
     stream = np.concatenate([source[i].input_ids for source in rows for i in range(len(source))])
     text = str(tokenizer.decode(stream[stream != tokenizer.pad_token_id]))
     return set(text.replace("<s>", "").split("</s>")) - {""}
@@ -53,7 +53,7 @@ def texts_in(rows: list[Rows], recipe: Recipe, cache: Path) -> set[str]:
 
 def test_a_recipe_becomes_rows(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = recipe(data={"train": [lines(file)], "validation_fraction": 0.2})
-    tokenizer = prepare_tokenizer(asked, cache)
+    tokenizer = prepare_tokenizer(asked, cache).tokenizer
     assert len(tokenizer) == 320
     datasets = prepare_data(asked, tokenizer, cache)
     assert texts_in(datasets.train, asked, cache) == {text for text in TEXTS if not is_held_out(text, 0.2)}
@@ -67,7 +67,7 @@ def test_a_recipe_becomes_rows(file: Path, cache: Path, monkeypatch: pytest.Monk
     # Again, and nothing is trained or tokenised.
     monkeypatch.setattr(module, "train_sentencepiece", None)
     monkeypatch.setattr("llmtrain.data.cache._write", None)
-    again = prepare_data(asked, prepare_tokenizer(asked, cache), cache)
+    again = prepare_data(asked, prepare_tokenizer(asked, cache).tokenizer, cache)
     assert np.array_equal(again.train[0][0].input_ids, datasets.train[0][0].input_ids)
 
 
@@ -104,7 +104,7 @@ def test_sources_of_their_own_for_validation_and_weights(file: Path, cache: Path
     held_out = write_lines(tmp_path / "held_out.txt", [f"held out {i}" for i in range(5)])
     data = {"train": [lines(file, weight=3.0), lines(file, weight=1.0)], "validation": [lines(held_out)]}
     asked = recipe(data={**data, "packing": "none"})
-    datasets = prepare_data(asked, prepare_tokenizer(asked, cache), cache)
+    datasets = prepare_data(asked, prepare_tokenizer(asked, cache).tokenizer, cache)
     assert texts_in(datasets.validation, asked, cache) == {f"held out {i}" for i in range(5)}
     assert texts_in(datasets.train, asked, cache) >= {text for text in TEXTS if len(text) < 15}
     assert datasets.weights == [3.0, 1.0]
@@ -258,7 +258,7 @@ def test_the_fingerprint_tells_how_rows_are_made(chats: Path, cache: Path) -> No
 
 def test_nothing_held_out_where_none_was_asked(file: Path, cache: Path) -> None:
     asked = recipe(data={"train": [lines(file)], "validation_fraction": 0.0})
-    assert prepare_data(asked, prepare_tokenizer(asked, cache), cache).validation == []
+    assert prepare_data(asked, prepare_tokenizer(asked, cache).tokenizer, cache).validation == []
 
 
 def test_too_few_documents_to_hold_one_out(file: Path, cache: Path) -> None:
@@ -280,7 +280,7 @@ def test_pretrained_tokenizers(file: Path, cache: Path, tmp_path: Path) -> None:
         {"tokenizer": {"kind": "pretrained", "path": path}},
         {"tokenizer": {"kind": "model"}, "model": {"kind": "pretrained", "path": path}},
     ):
-        assert prepare_tokenizer(recipe(data=data, **sections), cache).eos_token == "<|endoftext|>"
+        assert prepare_tokenizer(recipe(data=data, **sections), cache).tokenizer.eos_token == "<|endoftext|>"
     with pytest.raises(InputError, match="no such directory"):
         prepare_tokenizer(recipe(data=data, tokenizer={"kind": "pretrained", "path": f"{path}/no"}), cache)
     gguf = {"kind": "gguf", "file": str(tmp_path / "missing.gguf")}
@@ -296,7 +296,7 @@ def test_tokens_that_are_added(file: Path, cache: Path, tmp_path: Path) -> None:
 
     def prepared(*tokens: str) -> PreTrainedTokenizerBase:
         spec = {"kind": "pretrained", "path": path, "add_tokens": list(tokens)}
-        return prepare_tokenizer(recipe(data={"train": [lines(file)]}, tokenizer=spec), cache)
+        return prepare_tokenizer(recipe(data={"train": [lines(file)]}, tokenizer=spec), cache).tokenizer
 
     tokenizer = prepared("<|user|>", "<|assistant|>")
     assert tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"]) == [len(before), len(before) + 1]

@@ -93,7 +93,7 @@ def test_ragged_micro_batches_are_as_long_as_their_longest_row() -> None:
             shape = micro.tensors["input_ids"].shape
             tokens = (micro.tensors["document_ids"] != PADDING).sum(dim=1)
             assert shape == (2, tokens.max()) and micro.num_tokens == tokens.sum()
-            of_rows = [tensor for name, tensor in micro.tensors.items() if name != "counted"]
+            of_rows = [tensor for name, tensor in micro.tensors.items() if name not in ("counted", "positions")]
             assert all(tensor.shape == shape and tensor.is_contiguous() for tensor in of_rows)
             assert micro.weights == {POLICY: (micro.tensors["targets"] != IGNORE_INDEX).sum().item()}
             for row, num in zip(micro.tensors["position_ids"].tolist(), tokens.tolist(), strict=True):
@@ -102,9 +102,12 @@ def test_ragged_micro_batches_are_as_long_as_their_longest_row() -> None:
 
 def test_micro_batches_have_what_the_contract_says() -> None:
     (micro,) = Loader(ROWS, ShuffledOrder(LENGTHS, 0), 6, 6, 0, 1).micro_batches(2)
-    assert list(micro.tensors) == ["input_ids", "targets", "position_ids", "document_ids", "counted"]
-    assert all(tensor.dtype == torch.int64 for tensor in micro.tensors.values())
-    assert all(tensor.shape == (6, T) for name, tensor in micro.tensors.items() if name != "counted")
+    of_rows = ["input_ids", "targets", "position_ids", "document_ids", "trained"]
+    assert list(micro.tensors) == [*of_rows, "counted", "positions"]
+    kinds = {name: tensor.dtype for name, tensor in micro.tensors.items()}
+    assert kinds.pop("trained") == torch.bool and set(kinds.values()) == {torch.int64}
+    assert all(micro.tensors[name].shape == (6, T) for name in of_rows)
+    assert micro.tensors["positions"].tolist() == list(range(12, 18))
     assert torch.equal(micro.tensors["counted"], (micro.tensors["targets"].flatten() != IGNORE_INDEX).nonzero()[:, 0])
     assert micro.weights == {POLICY: (micro.tensors["targets"] != IGNORE_INDEX).sum().item()}
     assert micro.num_tokens == (micro.tensors["document_ids"] != PADDING).sum().item()
@@ -159,3 +162,28 @@ def test_a_loader_that_begins_anywhere_gives_what_one_from_the_start_gives(order
         fresh = LengthGroupedOrder(ShuffledOrder(RAGGED_LENGTHS, 3), rows, SEQUENCES, 3)
         resumed = fresh if order is RAGGED_ORDERS[1] else order
         assert inputs(Loader(rows, resumed, SEQUENCES, 2, 0, 2).micro_batches(step)) == from_the_start[step]
+
+
+def test_each_row_says_where_it_stands_in_the_order() -> None:
+    """Noise is drawn from it; so it is the same however the rows are dealt, in training and of held-out rows."""
+    for rows, order in ((ROWS, ShuffledOrder(LENGTHS, 0)), (RAGGED, RAGGED_ORDERS[0])):
+        for ranks, micro_sequences in ((1, 2), (1, SEQUENCES), (2, 1), (SEQUENCES, 1)):
+            found: dict[int, torch.Tensor] = {}
+            for rank in range(ranks):
+                for micro in Loader(rows, order, SEQUENCES, micro_sequences, rank, ranks).micro_batches(3):
+                    found |= dict(zip(micro.tensors["positions"].tolist(), micro.tensors["input_ids"], strict=True))
+            assert sorted(found) == list(range(3 * SEQUENCES, 4 * SEQUENCES))
+            sources, indices = order.rows_at(np.asarray(sorted(found)))
+            for position, source, index in zip(sorted(found), sources.tolist(), indices.tolist(), strict=True):
+                row = rows[source][index].input_ids
+                width = len(found[position])
+                assert found[position].tolist() == row[:width].tolist()
+        for ranks in (1, 2):
+            positions = [
+                position
+                for rank in range(ranks)
+                for micro in evaluation_batches(rows, 10, 3, rank, ranks)
+                for position in micro.tensors["positions"].tolist()
+                if micro.weights[POLICY]
+            ]
+            assert sorted(positions) == list(range(len(positions)))

@@ -22,8 +22,9 @@ def masked_corpora(draw: st.DrawFn) -> TokenCorpus:
 
 
 def positions(row: Row) -> list[Position]:
-    assert all(field.dtype == np.int64 for field in row)
-    return list(zip(*(field.tolist() for field in row), strict=True))
+    *numbers, trained = row
+    assert trained.dtype == np.bool_ and all(field.dtype == np.int64 for field in numbers)
+    return list(zip(*(field.tolist() for field in numbers), strict=True))
 
 
 def pieces_of_stream(corpus: TokenCorpus) -> list[tuple[int, int, int]]:
@@ -89,6 +90,33 @@ def test_every_token_but_the_first_is_predicted_once(lengths: list[int], sequenc
         counted = row.targets != IGNORE_INDEX
         assert counted.any()
         assert (row.targets[counted] == row.input_ids[counted] + 1).all()
+
+
+def trained_twin(corpus: TokenCorpus, row: Row) -> list[bool]:
+    """Of each place, whether its token, which tells its place in the corpus, is one that some place predicts."""
+    starts = {0, *corpus.document_ends.tolist()}
+    found = []
+    for token, document in zip(row.input_ids.tolist(), row.document_ids.tolist(), strict=True):
+        place = token - int(corpus.tokens[0])
+        is_target = document != PADDING and place not in starts
+        found.append(is_target and (corpus.trained is None or bool(corpus.trained[place])))
+    return found
+
+
+@given(masked_corpora(), st.integers(2, 40), st.booleans())
+def test_the_tokens_to_predict_are_the_targets(corpus: TokenCorpus, sequence_length: int, all_of_them: bool) -> None:
+    """Of diffusion, which predicts a token where it stands: those that autoregression predicts one place before."""
+    if all_of_them:
+        corpus = TokenCorpus(corpus.tokens, corpus.document_ends, 0)
+    rows = PackedRows(corpus, sequence_length, PAD)
+    found = [rows[index] for index in range(len(rows))]
+    for row in found:
+        assert row.trained.tolist() == trained_twin(corpus, row)
+    targets = {token for row in found for token in row.targets.tolist()} - {IGNORE_INDEX}
+    # The corpus's last token may stand in no row.
+    assert targets - {int(corpus.tokens[-1])} <= {
+        token for row in found for token in row.input_ids[row.trained].tolist()
+    }
 
 
 def test_rows_out_of_range() -> None:

@@ -1,6 +1,7 @@
 """Planned rows hold every document once, whole or cut as asked, with the targets that separate rows have."""
 
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from llmtrain.data.cache import TokenCorpus
 from llmtrain.data.packing import IGNORE_INDEX, PADDING, PackedRows, PlannedRows
 from llmtrain.data.row_plan import PlanSettings, RowCounts, empty_documents, plan_rows, plan_stream
 from tests.unit.data.corpora import corpus_of
-from tests.unit.data.test_packing import PAD, Position, all_rows, masked_corpora, pieces_of_stream, twin_row
+from tests.unit.data.test_packing import (
+    PAD,
+    Position,
+    all_rows,
+    masked_corpora,
+    pieces_of_stream,
+    trained_twin,
+    twin_row,
+)
 
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 lengths_of_documents = st.lists(st.integers(2, 30), min_size=1, max_size=20)
@@ -74,6 +83,19 @@ def test_packed_rows_hold_what_separate_rows_hold(corpus: TokenCorpus, sequence_
         assert row[num:] == padding and all(document != PADDING for *_, document in row[:num])
 
 
+@given(masked_corpora(), sequence_lengths, overflows, st.sampled_from(["best_fit", "none"]))
+def test_the_tokens_to_predict_are_the_targets(
+    corpus: TokenCorpus, sequence_length: int, overflow: str, packing: str
+) -> None:
+    rows, _ = planned(corpus, sequence_length, packing=packing, overflow=overflow)
+    for index in range(len(rows)):
+        row = rows[index]
+        assert row.trained.tolist() == trained_twin(corpus, row)
+        # All targets are, but for one after the row's last place.
+        targets = set(row.targets.tolist()) - {IGNORE_INDEX}
+        assert len(targets - set(row.input_ids[row.trained].tolist())) <= 1
+
+
 @given(masked_corpora(), sequence_lengths)
 def test_split_documents_lose_no_trained_token(corpus: TokenCorpus, sequence_length: int) -> None:
     rows, counts = planned(corpus, sequence_length, overflow="split")
@@ -81,6 +103,25 @@ def test_split_documents_lose_no_trained_token(corpus: TokenCorpus, sequence_len
     assert found == sorted(target for _, target, _ in pieces_of_stream(corpus) if target != IGNORE_INDEX)
     assert counts.num_trained == len(found)
     assert counts.num_truncated == counts.num_dropped == counts.num_cut_off == 0
+
+
+@given(masked_corpora(), sequence_lengths, overflows, st.sampled_from(["best_fit", "none"]))
+def test_tokens_that_are_predicted_at_their_own_places(
+    corpus: TokenCorpus, sequence_length: int, overflow: str, packing: str
+) -> None:
+    """Without a look ahead no row is asked for a token that it does not hold, and none is lost at an end."""
+    rows, counts = planned(corpus, sequence_length, packing=packing, overflow=overflow, lookahead=0)
+    found = sorted(token for index in range(len(rows)) for token in rows[index].input_ids[rows[index].trained].tolist())
+    ends = corpus.document_ends.tolist()
+    lasts = [
+        min(end, begin + sequence_length) if overflow == "truncate" else end for begin, end in pairwise([0, *ends])
+    ]
+    assert corpus.trained is not None
+    held = [place for begin, last in zip([0, *ends], lasts, strict=False) for place in range(begin + 1, last)]
+    assert found == sorted(int(corpus.tokens[place]) for place in held if corpus.trained[place])
+    assert counts.num_trained == len(found)
+    assert rows.lengths(np.arange(len(rows))).sum() == counts.num_tokens
+    assert all((rows[index].targets >= 0).sum() <= rows[index].trained.sum() for index in range(len(rows)))
 
 
 @given(lengths_of_documents, sequence_lengths)

@@ -237,7 +237,7 @@ def test_a_chat_task_for_a_model_without_a_template(llmtrain: CommandLine, model
     [
         ("kind: exact_match\ndata: a\nprompt: b\nextrct: c\n", "t.yaml:4: extrct: unknown key 'extrct' for kind"),
         ("kind: exact_mach\ndata: a\n", "t.yaml:1: kind: the text 'exact_mach' is not allowed; did you mean"),
-        ("data: a\n", "t.yaml:1: missing key 'kind'; allowed: perplexity, exact_match, math, lm_eval"),
+        ("data: a\n", "t.yaml:1: missing key 'kind'; allowed: perplexity, exact_match, math, multiple_choice, lm_eval"),
         ("kind: math\nprompt: b\n", "t.yaml:1: missing key 'data' (A JSONL file, relative to this file)"),
         ("kind: math\ndata: a\n", "t.yaml:1: give exactly one of prompt and messages"),
         ("kind: math\ndata: a\nprompt: b\nextract: '('\n", "t.yaml:4: extract is no regular expression: missing )"),

@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmtrain.models import merging
+from llmtrain.models.diffusion import load_diffusion, save_diffusion
+from tests.diffusion import BLOCK_SHIFTED, MASK
 from tests.saved import ADAPTERS, CommandLine, assert_refused, write_adapter, write_model
 
 IDS = torch.arange(3, 33).view(2, 15)
@@ -122,6 +124,7 @@ def test_casting(llmtrain: CommandLine, base: Path, dtype: str) -> None:
 
 def test_shards(llmtrain: CommandLine, base: Path) -> None:
     assert llmtrain("export", base, "--output", "shards", "--max-shard-size", "50KB").code == 0
+    assert llmtrain("export", base, "--output", "more-shards", "--max-shard-size", "50 KiB").code == 0
     assert len(list(Path("shards").glob("model-*-of-*.safetensors"))) > 1
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained("shards")), logits(AutoModelForCausalLM.from_pretrained(base))
@@ -154,12 +157,43 @@ def test_an_adapter_alone_keeps_those_that_it_stands_on(llmtrain: CommandLine, b
     assert "with the adapters in base-0, ... merged into it" in Path("alone/README.md").read_text()
 
 
+@pytest.mark.parametrize("merge", ["--merge", "--no-merge"])
+def test_how_a_diffusion_model_is_sampled_goes_with_it(
+    llmtrain: CommandLine, base: Path, tmp_path: Path, merge: str
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base, "lora")
+    save_diffusion(BLOCK_SHIFTED, adapter)
+    done = llmtrain("export", "adapter", "--output", "out", merge, "--dtype", "bfloat16")
+    assert done.code == 0, done.err
+    assert load_diffusion(Path("out")) == BLOCK_SHIFTED
+    card = Path("out/README.md").read_text()
+    for said in ("block of 4 tokens", "row i - 1 of the logits", f"id {MASK}", "llmtrain generate out"):
+        assert said in card, card
+    ours, theirs = (
+        llmtrain(
+            "generate", model, "--prompt", "w20 w21", "--max-new-tokens", 8, "--temperature", 0, "--dtype", "float32"
+        )
+        for model in ("adapter", "out")
+    )
+    assert (ours.code, theirs.code) == (0, 0), theirs.err
+    assert llmtrain("export", base, "--output", "plain").code == 0
+    assert load_diffusion(Path("plain")) is None and "## Sampling" not in Path("plain/README.md").read_text()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind not in ("lora", "ia3")])
 def test_what_cannot_be_merged(llmtrain: CommandLine, base: Path, tmp_path: Path, kind: str) -> None:
     write_adapter(tmp_path / "adapter", base, kind)
     done = llmtrain("export", "adapter", "--output", "merged")
     assert_refused(done, "cannot be merged: what it learnt stands before the text", "remedy: export it with --no-merge")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_an_adapter_with_a_bias_that_the_model_lacks_cannot_be_merged(
+    llmtrain: CommandLine, base: Path, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "adapter", base, "lora", lora_bias=True)
+    done = llmtrain("export", "adapter", "--output", "merged")
+    assert_refused(done, "cannot be merged: Impossible to merge", "remedy: export it with --no-merge")
 
 
 def test_a_merge_that_loses_something_leaves_nothing(

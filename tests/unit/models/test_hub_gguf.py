@@ -83,6 +83,27 @@ def test_gguf_without_a_weight_is_no_random_one(made: PreTrainedModel, tmp_path:
         from_gguf(tmp_path / "tiny.gguf")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_mask_token_that_is_new_to_it_begins_as_the_mean(tied: bool, tmp_path: Path) -> None:
+    made = tiny.decoder(max_position_embeddings=32, tie_word_embeddings=tied).hf
+    write_gguf(made, tmp_path / "tiny.gguf", without="lm_head.weight" if tied else "")
+    words = tiny.tokenizer()
+    words.add_tokens(["<|mask|>"], special_tokens=True)
+    words.mask_token = "<|mask|>"
+    recipe = tiny.recipe(
+        model={"kind": "gguf", "file": str(tmp_path / "tiny.gguf")}, algorithm={"kind": "masked_diffusion"}
+    )
+    grown = open_model(recipe, words, 1).decoder.hf
+    for now, before in (
+        (grown.get_input_embeddings().weight, made.get_input_embeddings().weight),
+        (grown.get_output_embeddings().weight, made.get_output_embeddings().weight),
+    ):
+        assert torch.equal(now[: tiny.VOCABULARY], before)
+        torch.testing.assert_close(now[tiny.VOCABULARY :], before.mean(0, keepdim=True))
+    assert (grown.get_input_embeddings().weight is grown.get_output_embeddings().weight) is tied
+    assert grown.config.vocab_size == tiny.VOCABULARY + 1
+
+
 @pytest.mark.parametrize("content", [None, b"", b"GGUF", b"no model at all" * 10])
 def test_what_is_no_gguf_file(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "tiny.gguf"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -12,8 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmtrain.errors import InputError
+from llmtrain.models.diffusion import save_diffusion
 from llmtrain.models.saved import load_saved, locate
 from tests import tiny
+from tests.diffusion import BLOCK, MASKED, write_diffusion_model
 from tests.saved import ADAPTERS, write_adapter, write_model
 
 IDS = torch.arange(3, 33).view(2, 15)
@@ -106,6 +109,14 @@ def test_adapters_on_top_of_adapters(base: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(load_saved(str(top)).logits(IDS), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_one_that_is_in_no_weights_carries_no_other(base: Path, tmp_path: Path) -> None:
+    top = write_adapter(tmp_path / "top", base, "ia3")
+    shutil.copytree(write_adapter(tmp_path / "below", base, "lora", lora_bias=True), top / "base-0")
+    with pytest.raises(InputError, match="LORA cannot be merged: .*the base layer has no bias") as caught:
+        load_saved(str(top))
+    assert caught.value.where == str(top / "base-0")
+
+
 def test_what_is_wrong_with_an_adapter(base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base, "lora")
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -125,6 +136,25 @@ def test_what_is_wrong_with_an_adapter(base: Path, tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match=r"adapter_config.json: cannot be read as peft's configuration"):
         load_saved(str(adapter))
+
+
+def test_how_a_diffusion_model_is_used(base: Path, tmp_path: Path) -> None:
+    """Said beside the weights, or the adapter: its base is then none, or another one."""
+    assert load_saved(str(base)).diffusion is None
+    model = write_diffusion_model(tmp_path / "model", BLOCK)
+    assert load_saved(str(model)).diffusion == BLOCK
+    autoregressive = write_adapter(tmp_path / "autoregressive", model, "lora")
+    assert load_saved(str(autoregressive)).diffusion is None
+    adapter = write_adapter(tmp_path / "adapter", base, "lora")
+    save_diffusion(MASKED, adapter)
+    assert load_saved(str(adapter)).diffusion == MASKED
+    save_diffusion(replace(MASKED, mask_token_id=10**6), adapter)
+    with pytest.raises(InputError, match=r"mask_token_id is 1000000, and the model has embeddings of \d+ tokens"):
+        load_saved(str(adapter))
+    virtual = write_adapter(tmp_path / "virtual", base, "prompt_tuning")
+    save_diffusion(MASKED, virtual)
+    with pytest.raises(InputError, match="PROMPT_TUNING puts tokens before causal text"):
+        load_saved(str(virtual))
 
 
 def test_what_is_no_model(base: Path, tmp_path: Path) -> None:

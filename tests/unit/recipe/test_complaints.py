@@ -53,6 +53,24 @@ CASES = [
     ("kind: cosine", "kind: wsd", "15: schedule: missing key 'decay_steps' (Steps of the final decay)"),
     ("{kind: text, ", "{", "12: data.train.0: missing key 'kind'; allowed: text, jsonl, parquet, python, huggingface"),
     ("  kind: config\n", "", "5: model: missing key 'kind'; allowed: config, pretrained, gguf"),
+    # values of several types
+    *(
+        (
+            "{kind: causal_lm}",
+            f"{{kind: block_diffusion, block_size: 4, clip: {given}}}",
+            f"13: algorithm.clip{said}",
+        )
+        for given, said in (
+            ("[0.3, 1.3]", ".1: must be at most 1, given 1.3"),
+            ("serch", ": the text 'serch' is not allowed; did you mean 'search'?; allowed: search, or a list"),
+            ("0.5", ": 0.5 is not allowed; allowed: search, or a list"),
+        )
+    ),
+    (
+        "algorithm:",
+        "adapter: {kind: lora, target_modules: 5}\nalgorithm:",
+        "13: adapter.target_modules: expected text or a list, given 5",
+    ),
     # kinds and choices
     (
         "kind: cosine",
@@ -60,7 +78,11 @@ CASES = [
         "15: schedule.kind: the text 'cosin' is not allowed; did you mean 'cosine'?; allowed: constant, linear, cosine, wsd",
     ),
     ("kind: cosine", "kind: 3", "15: schedule.kind: 3 is not allowed; allowed: constant, linear, cosine, wsd"),
-    ("kind: causal_lm", "kind: grpo", "13: algorithm.kind: the text 'grpo' is not allowed; allowed: causal_lm, sft"),
+    (
+        "kind: causal_lm",
+        "kind: grpo",
+        "13: algorithm.kind: the text 'grpo' is not allowed; allowed: causal_lm, sft, masked_diffusion, block_diffusion, score_entropy",
+    ),
     (
         "steps: 100",
         "steps: 100\nprecision: bf-16",

@@ -130,7 +130,7 @@ def test_dump_reads_back(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1e-3", "yes", "null", "010", "1:30", "2024-01-01", "", " a", "a: b", "# a", "=", "<<"]
+    "text", ["1e-3", "yes", "null", "010", "1:30", "2024-01-01", "", " a", "a: b", "# a", "=", "<<", "a\x85b"]
 )
 def test_dump_quotes_what_needs_it(text: str) -> None:
     assert read(dump({"value": text})) == ({"value": text}, [])

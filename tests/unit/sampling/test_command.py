@@ -81,6 +81,12 @@ def test_several_prompts(run: Path, generate) -> None:
     assert f"'{PROMPT}'" in done.out and "'dog'" in done.out
 
 
+def test_a_prompt_that_looks_like_markup(run: Path, generate) -> None:
+    done = generate(run, "--prompt", "[b]a :dog: [/]", "--max-new-tokens", "2")
+    assert done.code == 0, done.err
+    assert "'[b]a :dog: [/]'" in done.out
+
+
 def test_an_empty_prompt_begins_a_document(run: Path, generate) -> None:
     """The tokenizer has a beginning-of-text token, with which every document was trained."""
     done = generate(run, "--max-new-tokens", "4", prompt="")

@@ -153,7 +153,7 @@ def with_tokens() -> Any:
 def opened(base: Path, adapter: dict[str, Any] | None) -> Blueprint:
     section = {"kind": "model", "add_tokens": ["<|user|>", "<|assistant|>"]}
     recipe = adapters.recipe(base, adapter, tokenizer=section)
-    blueprint = open_model(recipe, with_tokens())
+    blueprint = open_model(recipe, with_tokens(), 2)
     adapt(blueprint, recipe, with_tokens())
     return blueprint
 
@@ -181,7 +181,9 @@ def test_new_tokens_begin_as_the_mean_of_the_others(tied: bool, vocabulary: int,
 
 
 def test_new_tokens_that_an_adapter_would_not_save(base: Path) -> None:
-    with pytest.raises(InputError, match="2 new embeddings, which this adapter would neither train nor save") as caught:
+    with pytest.raises(
+        InputError, match="2 new embeddings by tokenizer.add_tokens, which this adapter would not save"
+    ) as caught:
         opened(base, LORA)
     assert caught.value.where == "adapter.modules_to_save"
     opened(base, LORA | {"modules_to_save": ["embed_tokens", "lm_head"]})
@@ -190,4 +192,4 @@ def test_new_tokens_that_an_adapter_would_not_save(base: Path) -> None:
 def test_a_tokenizer_with_more_tokens_than_were_added(base: Path) -> None:
     recipe = adapters.recipe(base, None, tokenizer={"kind": "model", "add_tokens": ["<|user|>"]})
     with pytest.raises(InputError, match="the model has 96 token ids and the tokenizer 97"):
-        open_model(recipe, with_tokens())
+        open_model(recipe, with_tokens(), 1)
