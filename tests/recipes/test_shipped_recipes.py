@@ -8,10 +8,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtrain.recipe.batch import plan_batch
+from llmtrain.recipe.comparison import load_comparison
 from llmtrain.recipe.layout import check_layout, smallest_world
 from llmtrain.recipe.loading import load_recipe
 from llmtrain.recipe.schema import ModelFromConfig, SentencePieceTokenizer
-from llmtrain.recipe.shipped import find_recipe, launch_directory, recipe_names, recipes_directory
+from llmtrain.recipe.shipped import comparison_names, find_recipe, launch_directory, recipe_names, recipes_directory
 
 HUB_VOCABULARY = 49_152  # of the hub tokenizer that the shipped recipes use with a config of their own
 
@@ -20,7 +21,9 @@ FROM_CONFIG = [name for name in recipe_names() if isinstance(load_recipe(name).r
 
 def test_names_are_the_files() -> None:
     files = recipes_directory().rglob("*.yaml")
-    assert set(recipe_names()) == {path.relative_to(recipes_directory()).with_suffix("").as_posix() for path in files}
+    assert {*recipe_names(), *comparison_names()} == {
+        path.relative_to(recipes_directory()).with_suffix("").as_posix() for path in files
+    }
     assert recipe_names()[0] == "quickstart"
     assert find_recipe("../pyproject") is None
 
@@ -36,6 +39,18 @@ def test_recipe_is_valid(name: str) -> None:
     check_layout(loaded.recipe, smallest_world(loaded.recipe))
     for world_size in (1, 2, 8):
         plan_batch(loaded.recipe, world_size)
+
+
+@pytest.mark.parametrize("name", comparison_names())
+def test_comparison_is_valid(name: str, tmp_path: Path) -> None:
+    comparison = load_comparison(name)
+    assert comparison.description
+    copy = tmp_path / "copy.yaml"
+    copy.write_bytes(comparison.file.read_bytes())
+    again = load_comparison(copy)
+    for variant, loaded in comparison.variants.items():
+        assert again.variants[variant].recipe == loaded.recipe
+        plan_batch(loaded.recipe, 1)
 
 
 @pytest.mark.parametrize("name", recipe_names())
