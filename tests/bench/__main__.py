@@ -4,13 +4,14 @@ import argparse
 import json
 import sys
 
-from tests.bench import checkpoint, communication, loop, pretrain, sft
+from tests.bench import checkpoint, communication, diffusion, loop, pretrain, sft
 from tests.bench.harness import PeerMissing
 
 BENCHES = {
     "pretrain": pretrain.bench,
     "loop": loop.bench,
     "sft": sft.bench,
+    "diffusion": diffusion.bench,
     "checkpoint": checkpoint.bench,
     "communication": communication.bench,
 }

@@ -100,7 +100,7 @@ def write_inputs(work: Path, loaded: LoadedRecipe, steps: int) -> None:
 
     recipe = loaded.recipe
     cache = cache_directory(recipe.data.cache_dir)
-    tokenizer = prepare_tokenizer(recipe, cache)
+    tokenizer = prepare_tokenizer(recipe, cache).tokenizer
     datasets = prepare_data(recipe, tokenizer, cache)
     open_model(recipe, tokenizer).decoder.hf.config.save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
