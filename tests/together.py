@@ -5,6 +5,7 @@ usage of a rank: python -m tests.together JOBS.json, with the environment that t
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -47,9 +48,14 @@ def train_together(jobs: Sequence[tuple[Path, Sequence[str]]], ranks: int) -> li
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """Below those that systems give to outgoing connections, of which a job's own may hold one when its turn comes."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
         return port
 
 
