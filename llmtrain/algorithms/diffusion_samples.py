@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from llmtrain.algorithms.texts import checked_prompt
+from llmtrain.algorithms.texts import checked_prompts
 from llmtrain.contracts import Sample
 from llmtrain.data.tokenizer import pad_id
 from llmtrain.models.diffusion import Diffusion
@@ -47,8 +47,7 @@ class DiffusionSamples:
     ):
         self._diffusion, self._vocabulary, self._settings, self._tokenizer = diffusion, vocabulary, settings, tokenizer
         self._max_length, self._seed = max_length, seed
-        prompts = [] if settings is None else settings.prompts
-        self._prompts = [checked_prompt(text, encode(text), max_length) for text in prompts]
+        self._prompts = checked_prompts(settings, encode, max_length)
 
     def drawn(self, model: nn.Module, device: torch.device) -> list[Sample]:
         """A continuation of each prompt."""

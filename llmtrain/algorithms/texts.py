@@ -154,8 +154,12 @@ def bytes_of(tokens: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase) -> fl
     return float(sum(lengths[ids.numpy()[ids.numpy() != IGNORE_INDEX]].sum() for ids in tokens))
 
 
-def checked_prompt(prompt: str, ids: list[int], max_length: int) -> list[int]:
-    """The ids of a sample's prompt; raises InputError where no token can follow them."""
+def checked_prompts(settings: Samples | None, encode: Callable[[str], list[int]], max_length: int) -> list[list[int]]:
+    """The ids of the samples' prompts; raises InputError where no token can follow them."""
+    return [] if settings is None else [_checked(text, encode(text), max_length) for text in settings.prompts]
+
+
+def _checked(prompt: str, ids: list[int], max_length: int) -> list[int]:
     if not 0 < len(ids) < max_length:
         raise InputError(
             f"the prompt {prompt[:40]!r} has {len(ids)} tokens; it takes 1 to {max_length - 1}",
@@ -185,8 +189,7 @@ class TextSamples:
         encode: Callable[[str], list[int]],
     ):
         self._settings, self._tokenizer, self._seed, self._max_length = settings, tokenizer, seed, max_length
-        prompts = [] if settings is None else settings.prompts
-        self._prompts = [checked_prompt(text, encode(text), max_length) for text in prompts]
+        self._prompts = checked_prompts(settings, encode, max_length)
 
     def drawn(self, model: nn.Module, device: torch.device) -> list[Sample]:
         """A continuation of each prompt."""

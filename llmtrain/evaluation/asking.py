@@ -24,6 +24,20 @@ class Asked:
     shown: str | list[Any]
 
 
+def check_all_fit(
+    saved: Saved, rows: Sequence[Record], lengths: Sequence[int], fits: Sequence[bool], what: str
+) -> None:
+    """Raises InputError where a row's tokens, `lengths`, do not fit the model; `what` they are is said."""
+    long = [index for index, does in enumerate(fits) if not does]
+    if long:
+        raise InputError(
+            f"{len(long)} of {len(rows)} {what} do not fit the model's window of {saved.window} tokens; "
+            f"this one has {lengths[long[0]]}",
+            where=rows[long[0]].where,
+            remedy="take these rows out, or give fewer few-shot examples",
+        )
+
+
 def read_examples(loaded: LoadedTask, task: Prompted) -> list[Record]:
     """The worked examples of a task.
 

@@ -16,7 +16,7 @@ from llmtrain.data.progress import row_progress
 from llmtrain.data.records import Record
 from llmtrain.data.tokenizer import prompt_ids
 from llmtrain.errors import InputError
-from llmtrain.evaluation.asking import Asked, ask_about, field_of, filled, read_examples
+from llmtrain.evaluation.asking import Asked, ask_about, check_all_fit, field_of, filled, read_examples
 from llmtrain.evaluation.figures import Figure, mean, ratio
 from llmtrain.evaluation.likelihood import combined
 from llmtrain.evaluation.scoring import Scorer, Span, estimated, score, scorer_for
@@ -57,7 +57,9 @@ def ask(
         texts = [text.strip() for text in texts] if isinstance(asked.shown, list) else texts
         spans = _spans(saved, row, asked, texts, key, scorer.mask_id)
         questions.append(_Question(asked.shown, texts, spans, right))
-    _check_lengths(saved, rows, questions)
+    lengths = [max(len(span.ids) for span in question.spans) for question in questions]
+    fits = [saved.window is None or length <= saved.window for length in lengths]
+    check_all_fit(saved, rows, lengths, fits, "prompts with their choices")
     spans = [span for question in questions for span in question.spans]
     with row_progress(f"{loaded.name}: choices", len(spans) * scorer.samples) as progress:
         drawn = score(scorer, spans, batch_tokens, progress.advance)
@@ -174,17 +176,3 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens they begin with alike."""
     same = (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
     return next(same, min(len(one), len(other)))
-
-
-def _check_lengths(saved: Saved, rows: Sequence[Record], questions: Sequence[_Question]) -> None:
-    if saved.window is None:
-        return
-    lengths = [max(len(span.ids) for span in question.spans) for question in questions]
-    long = [index for index, length in enumerate(lengths) if length > saved.window]
-    if long:
-        raise InputError(
-            f"{len(long)} of {len(rows)} prompts with their choices do not fit the model's window of {saved.window} "
-            f"tokens; this one has {lengths[long[0]]}",
-            where=rows[long[0]].where,
-            remedy="take these rows out, or give fewer few-shot examples",
-        )

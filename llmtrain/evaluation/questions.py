@@ -9,7 +9,7 @@ from llmtrain.data.progress import row_progress
 from llmtrain.data.records import Record
 from llmtrain.errors import InputError
 from llmtrain.evaluation.answers import equals, find, find_mathematics, mathematically_equals
-from llmtrain.evaluation.asking import ask_about, field_of, filled, read_examples
+from llmtrain.evaluation.asking import ask_about, check_all_fit, field_of, filled, read_examples
 from llmtrain.evaluation.figures import Figure, mean
 from llmtrain.evaluation.tasks import ExactMatch, LoadedTask, Math
 from llmtrain.models.saved import Saved
@@ -45,7 +45,8 @@ def ask(
     correct = [_scorer(loaded, task, question.right) for question in questions]
     sampling = Sampling(task.max_new_tokens, task.temperature, task.top_p, task.seed, tuple(task.stop))
     generator = _generator(loaded, task, saved, sampling, batch_tokens)
-    _check_lengths(saved, generator, rows, questions)
+    lengths = [len(question.ids) for question in questions]
+    check_all_fit(saved, rows, lengths, [generator.fits(question.ids) for question in questions], "prompts")
     answers = _answers(loaded, task, generator, questions)
     records = [
         _record(task, index, question, answers[index], correct[index]) for index, question in enumerate(questions)
@@ -131,17 +132,6 @@ def _scorer(loaded: LoadedTask, task: Task, right: Sequence[str]) -> Callable[[s
         return equals(right, task.normalize)
     with loaded.errors_located("kind"):
         return mathematically_equals(right)
-
-
-def _check_lengths(saved: Saved, generator: Generator, rows: Sequence[Record], questions: Sequence[_Question]) -> None:
-    long = [index for index, question in enumerate(questions) if not generator.fits(question.ids)]
-    if long:
-        raise InputError(
-            f"{len(long)} of {len(rows)} prompts do not fit the model's window of {saved.window} tokens; "
-            f"this one has {len(questions[long[0]].ids)}",
-            where=rows[long[0]].where,
-            remedy="take these rows out, or give fewer few-shot examples",
-        )
 
 
 def _question(loaded: LoadedTask, task: Task, saved: Saved, row: Record, examples: Sequence[Record]) -> _Question:

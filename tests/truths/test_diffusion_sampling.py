@@ -11,7 +11,7 @@ from llmtrain.sampling.batched import Sampling
 from llmtrain.sampling.canvas import Canvas, Draft, Layout, lay_out
 from llmtrain.sampling.denoising import Denoiser, Prefix
 from llmtrain.sampling.drawing import Draws, write_texts
-from llmtrain.sampling.samplers import Unmasking
+from llmtrain.sampling.samplers import Sampler, Unmasking
 from llmtrain.sampling.writing import Work
 from tests import tiny
 from tests.diffusion import BLOCK, BLOCK_SHIFTED, MASK, MASKED, MASKED_SHIFTED, UNIFORM, UNIFORM_SHIFTED, Exact
@@ -67,10 +67,10 @@ def test_blocks_with_a_cache_are_those_of_whole_forwards(diffusion: Diffusion) -
 
 @pytest.mark.parametrize("sampler", ["first-hitting", "threshold", "llada"])
 @pytest.mark.parametrize("diffusion", [BLOCK, BLOCK_SHIFTED], ids=["plain", "shift"])
-def test_texts_written_with_and_without_the_cache_are_equal(diffusion: Diffusion, sampler: str) -> None:
+def test_texts_written_with_and_without_the_cache_are_equal(diffusion: Diffusion, sampler: Sampler) -> None:
     denoiser = Denoiser(sharp_decoder(), diffusion, CPU)
     texts = [
-        written(denoiser, drafts(3, 8, 13, 1), Unmasking(sampler, threshold=0.5, cache=cache))  # type: ignore[arg-type]
+        written(denoiser, drafts(3, 8, 13, 1), Unmasking(sampler, threshold=0.5, cache=cache))
         for cache in (False, True)
     ]
     assert texts[0] == texts[1]
@@ -183,9 +183,9 @@ OF_TOY = {
 
 @pytest.mark.parametrize("name", OF_TOY)
 @pytest.mark.parametrize("sampler", ["first-hitting", "llada", "threshold"])
-def test_one_token_a_step_gives_the_models_distribution(name: str, sampler: str) -> None:
+def test_one_token_a_step_gives_the_models_distribution(name: str, sampler: Sampler) -> None:
     """In random order, or in one that depends on what is known."""
-    counts = drawn(OF_TOY[name], Unmasking(sampler, threshold=1.0))  # type: ignore[arg-type]
+    counts = drawn(OF_TOY[name], Unmasking(sampler, threshold=1.0))
     assert counts.sum() == NUM and counts[toy().flatten() == 0].sum() == 0
     assert abs(chi_square(counts)) < 4
 

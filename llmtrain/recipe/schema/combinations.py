@@ -71,24 +71,26 @@ def _of_diffusion(recipe: Recipe, algorithm: MaskedDiffusion | BlockDiffusion | 
             f"model.attention flash_attention_2 knows causal attention only, which {algorithm.kind} does not have; use "
             "auto, or on GPUs flex_attention"
         )
-    if isinstance(algorithm, BlockDiffusion):
-        largest = max([algorithm.block_size, *(stage.block_size for stage in algorithm.curriculum)])
-        if largest > recipe.sequence_length:
-            return (
-                f"algorithm.block_size {largest} is more than sequence_length {recipe.sequence_length}, so that no row "
-                "has a whole block; use smaller blocks or longer rows"
-            )
-        last = algorithm.curriculum[-1].from_step if algorithm.curriculum else 0
-        if recipe.steps is not None and last >= recipe.steps:
-            return (
-                f"algorithm.curriculum comes to blocks of {algorithm.block_size} at step {last}, and the run ends "
-                f"after {recipe.steps} steps; begin them earlier, or leave them out"
-            )
-    if isinstance(algorithm, BlockDiffusion) and algorithm.clip is not None:
-        if algorithm.block_size == 1:
-            return "algorithm.clip has no meaning for blocks of one token, whose loss does not depend on the rate"
-        if algorithm.clip == "search" and recipe.data.validation is None and recipe.data.validation_fraction == 0:
-            return "algorithm.clip search measures on held-out rows; give data.validation or validation_fraction"
+    return _of_blocks(recipe, algorithm) if isinstance(algorithm, BlockDiffusion) else None
+
+
+def _of_blocks(recipe: Recipe, algorithm: BlockDiffusion) -> str | None:
+    largest = max([algorithm.block_size, *(stage.block_size for stage in algorithm.curriculum)])
+    if largest > recipe.sequence_length:
+        return (
+            f"algorithm.block_size {largest} is more than sequence_length {recipe.sequence_length}, so that no row "
+            "has a whole block; use smaller blocks or longer rows"
+        )
+    last = algorithm.curriculum[-1].from_step if algorithm.curriculum else 0
+    if recipe.steps is not None and last >= recipe.steps:
+        return (
+            f"algorithm.curriculum comes to blocks of {algorithm.block_size} at step {last}, and the run ends "
+            f"after {recipe.steps} steps; begin them earlier, or leave them out"
+        )
+    if algorithm.clip is not None and algorithm.block_size == 1:
+        return "algorithm.clip has no meaning for blocks of one token, whose loss does not depend on the rate"
+    if algorithm.clip == "search" and recipe.data.validation is None and recipe.data.validation_fraction == 0:
+        return "algorithm.clip search measures on held-out rows; give data.validation or validation_fraction"
     return None
 
 

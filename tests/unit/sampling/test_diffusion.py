@@ -16,7 +16,7 @@ from llmtrain.sampling.batched import Completion, Request, Sampling, draw
 from llmtrain.sampling.canvas import Draft, lay_out
 from llmtrain.sampling.denoising import Denoiser
 from llmtrain.sampling.diffusion import DiffusionGenerator, Step
-from llmtrain.sampling.samplers import Unmasking
+from llmtrain.sampling.samplers import Sampler, Unmasking
 from tests.diffusion import BLOCK, BLOCK_SHIFTED, MASK, MASKED, MASKED_SHIFTED, UNIFORM, write_diffusion_model
 
 KINDS = {
@@ -116,11 +116,11 @@ def test_ending_early_changes_no_text(models: dict[str, Saved], name: str) -> No
 
 @pytest.mark.parametrize("sampler", ["llada", "threshold", "first-hitting", "ancestral"])
 @pytest.mark.parametrize("name", ["block", "block-shift"])
-def test_the_cache_of_blocks_changes_no_text(models: dict[str, Saved], name: str, sampler: str) -> None:
+def test_the_cache_of_blocks_changes_no_text(models: dict[str, Saved], name: str, sampler: Sampler) -> None:
     requests = [Request(ids, row) for row, ids in enumerate(prompts(6))]
     sampling = Sampling(max_new_tokens=14, temperature=0.7)
     found = [
-        answers(models[name], requests, sampling, Unmasking(sampler, threshold=0.3, cache=cache), ENDS)  # type: ignore[arg-type]
+        answers(models[name], requests, sampling, Unmasking(sampler, threshold=0.3, cache=cache), ENDS)
         for cache in (False, True)
     ]
     assert found[0] == found[1]
@@ -129,10 +129,10 @@ def test_the_cache_of_blocks_changes_no_text(models: dict[str, Saved], name: str
 @pytest.mark.parametrize("sampler", ["llada", "threshold"])
 @pytest.mark.parametrize("name", ["masked", "masked-shift"])
 def test_a_prefix_cache_of_bidirectional_models_writes_all_places(
-    models: dict[str, Saved], name: str, sampler: str
+    models: dict[str, Saved], name: str, sampler: Sampler
 ) -> None:
     requests = [Request(ids, row) for row, ids in enumerate(prompts(6))]
-    unmasking = Unmasking(sampler, block_length=4, threshold=0.3, cache=True, guidance=0.5)  # type: ignore[arg-type]
+    unmasking = Unmasking(sampler, block_length=4, threshold=0.3, cache=True, guidance=0.5)
     found = answers(models[name], requests, Sampling(max_new_tokens=14), unmasking)
     assert [len(completion.ids) for completion in found] == [14] * 6
     assert found == answers(models[name], requests, Sampling(max_new_tokens=14), unmasking, batch_tokens=1)
