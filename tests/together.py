@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,20 +38,37 @@ def train_together(jobs: Sequence[tuple[Path, Sequence[str]]], ranks: int) -> li
             }
             command = [sys.executable, "-m", "tests.together", str(file)]
             processes.append((subprocess.Popen(command, stdout=log, stderr=log, env=environment), log))
-        codes = [process.wait() for process, _ in processes]
-        outputs = []
-        for _, log in processes:
-            log.seek(0)
-            outputs.append(log.read())
-            log.close()
-        assert codes == [0] * ranks, "\n".join(output[-6000:] for output in outputs)
+        try:
+            codes = _wait([process for process, _ in processes])
+        finally:  # of a test's time limit too: what the ranks said is why they hung, and none may outlive the test
+            outputs = []
+            for process, log in processes:
+                process.kill()
+                process.wait()
+                log.seek(0)
+                outputs.append(log.read()[-6000:])
+                log.close()
+            said = "\n".join(outputs)
+            print(said)
+        assert codes == [0] * ranks, said
     return [load_recipe(recipe, overrides).recipe.run_directory for recipe, overrides in jobs]
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Exit codes, once all have ended or one has failed: the others would wait for it for as long as gloo does."""
+    while True:
+        codes = [process.poll() for process in processes]
+        if None not in codes or any(codes):
+            return codes
+        time.sleep(0.05)
 
 
 def _free_port() -> int:
     """Below those that systems give to outgoing connections, of which a job's own may hold one when its turn comes."""
+    # The system's randomness: a run in this process seeds `random`, and both of pytest's workers would draw one port.
+    chooser = random.SystemRandom()
     while True:
-        port = random.randrange(10_000, 32_000)
+        port = chooser.randrange(10_000, 32_000)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
