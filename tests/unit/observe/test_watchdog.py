@@ -62,14 +62,14 @@ def test_a_run_that_ends_by_itself_leaves_no_threads(tmp_path: Path) -> None:
             pass
         assert dog.last_word(Word(0)) == Word(0)
     assert ends == [Word(0)]
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before  # one of another test's may have ended meanwhile
 
 
 def test_a_run_that_fails_leaves_no_threads(tmp_path: Path) -> None:
     before, ends = set(threading.enumerate()), list[Word]()
     with pytest.raises(ZeroDivisionError), watchdog(tmp_path, ends):
         raise ZeroDivisionError
-    assert set(threading.enumerate()) == before and ends == []
+    assert set(threading.enumerate()) <= before and ends == []
 
 
 def test_sigusr2_writes_the_stacks_and_the_process_goes_on(tmp_path: Path) -> None:
