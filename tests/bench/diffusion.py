@@ -63,7 +63,8 @@ def bench(quick: bool) -> dict[str, Any]:
 def training(work: Path, precision: str, rounds: int, steps: int, warmup: int, quick: bool) -> dict[str, Any]:
     """Ratios to our autoregressive training, and to the straight implementation."""
     contenders = {
-        name: ours(name, precision, best_compiled(name, precision, quick), steps, warmup) for name in ALGORITHMS
+        name: ours(name, precision, not quick and is_faster_compiled(name, precision, steps, warmup), steps, warmup)
+        for name in ALGORITHMS
     }
     for kind in ("masked", "block"):
         contenders[f"straight_{kind}"] = (STRAIGHT, [str(work), kind, precision, str(warmup)])
@@ -82,11 +83,10 @@ def ours(name: str, precision: str, compiled: bool, steps: int, warmup: int) -> 
     return OURS, [str(RECIPE), str(warmup), ALGORITHMS[name], *settings]
 
 
-def best_compiled(name: str, precision: str, quick: bool) -> bool:
-    if quick:
-        return False
+def is_faster_compiled(name: str, precision: str, steps: int, warmup: int) -> bool:
+    # As many steps as in the rounds: over the second that a few of them take, any disturbance decides.
     speeds = {
-        compiled: run_contender(*ours(name, precision, compiled, 7, 3))["tokens_per_second"]
+        compiled: run_contender(*ours(name, precision, compiled, steps, warmup))["tokens_per_second"]
         for compiled in (False, True)
     }
     print(f"{precision} {name}: compiled or not {speeds}", file=sys.stderr, flush=True)
