@@ -1,8 +1,7 @@
 """Diffusion language models: their training against the same model's autoregressive training, and decoding.
 
 Training: the rows and the model of the pretrain benchmark. Ours autoregressive, masked and with blocks of 16, and
-the straight implementation of the last two (`diffusion_straight.py`), interleaved; each of ours compiled or not,
-what is faster.
+the straight implementation of the last two (`diffusion_straight.py`), interleaved; ours are compiled.
 
 Decoding: a small masked and a small block model of `patterns.py` continue texts, greedily: LLaDA's plain sampler, a
 token a step and whole forwards, against threshold decoding with caches. Quality is the share of tokens that are
@@ -23,7 +22,7 @@ from llmtrain.recipe.loading import load_recipe
 from tests.bench import patterns
 from tests.bench.diffusion_quality import accuracy, curve
 from tests.bench.diffusion_straight import BLOCK
-from tests.bench.harness import compared, interleaved, machine, run_contender
+from tests.bench.harness import compared, interleaved, machine
 from tests.bench.pretrain import OURS, RECIPE, write_inputs
 
 STRAIGHT, DECODE = "tests.bench.diffusion_straight", "tests.bench.diffusion_decode"
@@ -62,10 +61,8 @@ def bench(quick: bool) -> dict[str, Any]:
 
 def training(work: Path, precision: str, rounds: int, steps: int, warmup: int, quick: bool) -> dict[str, Any]:
     """Ratios to our autoregressive training, and to the straight implementation."""
-    contenders = {
-        name: ours(name, precision, not quick and is_faster_compiled(name, precision, steps, warmup), steps, warmup)
-        for name in ALGORITHMS
-    }
+    # Compiled, which all of them are faster with; that takes longer than the whole quick benchmark may.
+    contenders = {name: ours(name, precision, not quick, steps, warmup) for name in ALGORITHMS}
     for kind in ("masked", "block"):
         contenders[f"straight_{kind}"] = (STRAIGHT, [str(work), kind, precision, str(warmup)])
     results = interleaved(contenders, rounds)
@@ -81,16 +78,6 @@ def training(work: Path, precision: str, rounds: int, steps: int, warmup: int, q
 def ours(name: str, precision: str, compiled: bool, steps: int, warmup: int) -> tuple[str, list[str]]:
     settings = [f"precision={precision}", f"engine.compile={str(compiled).lower()}", f"steps={steps + 1}"]
     return OURS, [str(RECIPE), str(warmup), ALGORITHMS[name], *settings]
-
-
-def is_faster_compiled(name: str, precision: str, steps: int, warmup: int) -> bool:
-    # As many steps as in the rounds: over the second that a few of them take, any disturbance decides.
-    speeds = {
-        compiled: run_contender(*ours(name, precision, compiled, steps, warmup))["tokens_per_second"]
-        for compiled in (False, True)
-    }
-    print(f"{precision} {name}: compiled or not {speeds}", file=sys.stderr, flush=True)
-    return speeds[True] > speeds[False]
 
 
 def decoding(work: Path, rounds: int, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
