@@ -75,6 +75,10 @@ def documents(lengths: Sequence[int], seed: int = 0, prompt: int = 0) -> list[Do
     return made
 
 
+PACKED = documents([9, 5, 3, 14, 6, 2])
+ROWS = [PACKED[:3], PACKED[3:5], PACKED[5:]]  # that are padded little, and much
+
+
 def micro_of(rows: Sequence[Sequence[Document]], length: int, first: int = 0) -> MicroBatch:
     """Rows as the loader makes them; the first one stands at position `first` of the data order."""
     columns: dict[str, list[list[Any]]] = {

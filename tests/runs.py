@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,15 @@ def train_apart(recipe: Path, *overrides: str, ranks: int = 1) -> Path:
     assert process.returncode == 0, output
     loaded = load_recipe(recipe, overrides)
     return loaded.recipe.run_directory
+
+
+def cut_after(run: Path, step: int, target: Path) -> None:
+    """What a run killed right after the checkpoint of `step` leaves."""
+    shutil.copytree(run, target / run.name)
+    shutil.rmtree(target / run.name / "final")
+    for checkpoint in (target / run.name / "checkpoints").iterdir():
+        if checkpoint.name > f"step-{step:08d}":
+            shutil.rmtree(checkpoint)
 
 
 def final_weights(directory: Path) -> dict[str, torch.Tensor]:

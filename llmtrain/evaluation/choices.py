@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from llmtrain.data.counted_random import Float64Array
 from llmtrain.data.progress import row_progress
@@ -55,7 +56,7 @@ def ask(
         texts, right = _texts(loaded, task, row)
         asked = ask_about(loaded, task, saved, row, examples, lambda example: _target(loaded, task, example))
         texts = [text.strip() for text in texts] if isinstance(asked.shown, list) else texts
-        spans = _spans(saved, row, asked, texts, key, scorer.mask_id)
+        spans = _spans(saved.tokenizer, row, asked, texts, key, scorer.mask_id)
         questions.append(_Question(asked.shown, texts, spans, right))
     lengths = [max(len(span.ids) for span in question.spans) for question in questions]
     fits = [saved.window is None or length <= saved.window for length in lengths]
@@ -146,13 +147,19 @@ def _texts(loaded: LoadedTask, task: MultipleChoice, row: Record) -> tuple[list[
     )
 
 
-def _spans(saved: Saved, row: Record, asked: Asked, texts: Sequence[str], key: int, mask_id: int | None) -> list[Span]:
+def _spans(
+    tokenizer: PreTrainedTokenizerBase,
+    row: Record,
+    asked: Asked,
+    texts: Sequence[str],
+    key: int,
+    mask_id: int | None,
+) -> list[Span]:
     """The choices after the prompt; a mask that is itself text cannot be predicted, and is not counted.
 
     A token may stand across the end of the prompt, in one choice and not in another. All of them are therefore
     counted from where their tokens first differ from the prompt's, so that each stands for the same text.
     """
-    tokenizer = saved.tokenizer
     if isinstance(asked.shown, str):
         wholes = [prompt_ids(tokenizer, asked.shown + text) for text in texts]
     else:

@@ -16,6 +16,8 @@ from tests.noise import (
     LENGTH,
     MASK,
     MODELS,
+    PACKED,
+    ROWS,
     Document,
     Masked,
     assert_same_training,
@@ -31,9 +33,6 @@ from tests.noise import (
     micro_of,
     spans_of,
 )
-
-PACKED = documents([9, 5, 3, 14, 6, 2])
-ROWS = [PACKED[:3], PACKED[3:5], PACKED[5:]]
 
 
 @pytest.mark.parametrize("shift", [False, True])

@@ -1,10 +1,14 @@
 """Packed documents equal separate ones, and the checks that guard it see what breaks it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtrain.errors import InputError
+from llmtrain.models.attention import bidirectional
 from llmtrain.models.checks import (
     Asked,
     check_attends_as_told,
@@ -108,18 +112,26 @@ def test_attention_that_takes_a_mask_passes(architecture, attention):
     check_attends_as_told(asked(architecture, attention, **window))
 
 
-def test_what_attends_otherwise_than_it_is_told_is_seen(monkeypatch):
+class AttendsOtherwise(nn.Module):
+    """A decoder that is told one predicate and goes by another."""
+
+    def __init__(self, inner, visible):
+        super().__init__()
+        self.inner, self.visible = inner, visible
+
+    def forward(self, input_ids, position_ids, head, visible=None):
+        return self.inner(input_ids, position_ids, head, self.visible)
+
+
+def test_what_attends_otherwise_than_it_is_told_is_seen():
     with pytest.raises(InputError, match="a token does not see those after it"):
         check_attends_as_told(asked("mamba2"))
     told = asked("llama")
-    monkeypatch.setattr("llmtrain.models.decoder.as_mask", lambda *arguments: None)  # as a model that drops the mask
     with pytest.raises(InputError, match="does not attend as it is told") as caught:
-        check_attends_as_told(told)
+        check_attends_as_told(replace(told, model=AttendsOtherwise(told.model, None)))
     assert caught.value.where == "model" and "choose a decoder such as" in caught.value.remedy
-    everything = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-    monkeypatch.setattr("llmtrain.models.decoder.as_mask", lambda *arguments: everything)
     with pytest.raises(InputError, match="a token sees another document"):
-        check_attends_as_told(told)
+        check_attends_as_told(replace(told, model=AttendsOtherwise(told.model, bidirectional)))
 
 
 @pytest.mark.parametrize(

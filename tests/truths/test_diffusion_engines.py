@@ -1,7 +1,6 @@
 """Diffusion, too, is the same on every backend and for any micro-batch, and resumes bit for bit."""
 
 import importlib.util
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.models.diffusion import Diffusion, load_diffusion
 from llmtrain.observe.metrics import read_metrics
-from tests.runs import assert_same, final_weights, train_here, training_state, write_recipe
+from tests.runs import assert_same, cut_after, final_weights, train_here, training_state, write_recipe
 from tests.together import train_together
 
 STEPS = 6
@@ -216,15 +215,6 @@ def test_a_run_of_every_algorithm_says_what_it_trained(runs: Runs) -> None:
         if diffusion.mask_token_id is not None:
             assert tokenizer.mask_token == "<|mask|>" and tokenizer.mask_token_id == 400
             assert final_weights(runs.single(algorithm))["model.embed_tokens.weight"].shape[0] == 401
-
-
-def cut_after(run: Path, step: int, target: Path) -> None:
-    """What a run killed right after the checkpoint of `step` leaves."""
-    shutil.copytree(run, target / run.name)
-    shutil.rmtree(target / run.name / "final")
-    for checkpoint in (target / run.name / "checkpoints").iterdir():
-        if checkpoint.name > f"step-{step:08d}":
-            shutil.rmtree(checkpoint)
 
 
 RESUMED: dict[str, dict[str, Any]] = {

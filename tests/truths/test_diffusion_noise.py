@@ -22,6 +22,7 @@ from tests.noise import (
     MASK,
     PAD,
     PROCESSES,
+    ROWS,
     Document,
     block,
     decoder,
@@ -32,9 +33,6 @@ from tests.noise import (
     micro_of,
     spans_of,
 )
-
-PACKED = documents([9, 5, 3, 14, 6, 2])
-ROWS = [PACKED[:3], PACKED[3:5], PACKED[5:]]
 
 
 def chi_square(counts: Tensor | np.ndarray, expected: Any) -> float:

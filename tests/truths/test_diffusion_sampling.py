@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmtrain.models.attention import Visible
+from llmtrain.models.decoder import HeadFunction
 from llmtrain.models.diffusion import Diffusion
 from llmtrain.sampling.batched import Sampling
 from llmtrain.sampling.canvas import Canvas, Draft, Layout, lay_out
@@ -242,7 +244,7 @@ def test_uniform_noise_gives_back_independent_tokens_in_any_number_of_steps() ->
     marginals = torch.softmax(torch.randn(LENGTH, VOCABULARY, generator=generator).double(), 1)
 
     class Independent(torch.nn.Module):
-        def forward(self, ids: Tensor, positions: Tensor, head, visible):  # type: ignore[no-untyped-def]
+        def forward(self, ids: Tensor, positions: Tensor, head: HeadFunction[Tensor], visible: Visible) -> Tensor:
             linear = torch.nn.Linear(VOCABULARY, VOCABULARY, bias=False)
             torch.nn.init.eye_(linear.weight)
             return head(marginals.log().float().expand(len(ids), -1, -1), linear)

@@ -16,6 +16,7 @@ from tests.noise import (
     MASK,
     MODELS,
     PROCESSES,
+    ROWS,
     assert_same_training,
     block,
     decoder,
@@ -26,9 +27,6 @@ from tests.noise import (
     micro_of,
     score_entropy,
 )
-
-PACKED = documents([9, 5, 3, 14, 6, 2])
-ROWS = [PACKED[:3], PACKED[3:5], PACKED[5:]]  # rows that are padded little, and much
 
 
 @pytest.mark.parametrize("shift", [False, True])

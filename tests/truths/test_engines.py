@@ -5,7 +5,6 @@ in one set of processes (`tests/together.py`).
 """
 
 import importlib.util
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from llmtrain.observe.metrics import read_metrics
-from tests.runs import final_weights, train_here, training_state, write_recipe
+from tests.runs import cut_after, final_weights, train_here, training_state, write_recipe
 from tests.together import train_together
 
 ZERO = "engine={kind: deepspeed, zero_stage: %d}"
@@ -97,15 +96,6 @@ def test_the_engine_changes_nothing(engine: str, runs: dict[str, Path]) -> None:
         assert record.keys() == expected.keys()
         for figure in [figure for figure in FIGURES if figure in expected]:
             assert record[figure] == pytest.approx(expected[figure], rel=1e-5), (record["step"], figure)
-
-
-def cut_after(run: Path, step: int, target: Path) -> None:
-    """What a run killed right after the checkpoint of `step` leaves."""
-    shutil.copytree(run, target / run.name)
-    shutil.rmtree(target / run.name / "final")
-    for checkpoint in (target / run.name / "checkpoints").iterdir():
-        if checkpoint.name > f"step-{step:08d}":
-            shutil.rmtree(checkpoint)
 
 
 SOURCES = ("single", "ddp x2", "fsdp x2", "zero2 x2", "zero3 x2", "fsdp x4 (2 x 2)")

@@ -6,7 +6,7 @@ import pytest
 
 from llmtrain.errors import InputError, TrainingError
 from llmtrain.observe.metrics import read_metrics
-from tests.runs import assert_same, final_weights, train_apart, train_here, training_state, write_recipe
+from tests.runs import assert_same, cut_after, final_weights, train_apart, train_here, training_state, write_recipe
 
 SETTINGS = {
     "plain": {},
@@ -28,15 +28,6 @@ SETTINGS = {
     },
     "several epochs": {"batch": {"sequences": 64, "micro_sequences": 64}, "steps": 12},
 }
-
-
-def cut_after(run, step, target):
-    """What a run killed right after the checkpoint of `step` leaves."""
-    shutil.copytree(run, target / run.name)
-    shutil.rmtree(target / run.name / "final")
-    for checkpoint in (target / run.name / "checkpoints").iterdir():
-        if checkpoint.name > f"step-{step:08d}":
-            shutil.rmtree(checkpoint)
 
 
 def without_clocks(record):

@@ -29,6 +29,7 @@ from tests.noise import (
     LENGTH,
     MASK,
     MODELS,
+    ROWS,
     assert_same_training,
     decoder,
     documents,
@@ -41,8 +42,6 @@ from tests.noise import (
 
 V = 7
 RATES = (1e-3, 0.05, 0.4, 0.9, 0.999)
-PACKED = documents([9, 5, 3, 14, 6, 2])
-ROWS = [PACKED[:3], PACKED[3:5], PACKED[5:]]
 
 
 def logits_of(rows: int, vocabulary: int = V, seed: int = 0) -> Tensor:

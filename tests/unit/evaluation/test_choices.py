@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers import models as models_of_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llmtrain.data.records import Record
 from llmtrain.evaluation.asking import Asked
@@ -177,34 +179,26 @@ def test_templates_examples_and_chats(llmtrain: CommandLine, models: dict[str, P
     assert records(llmtrain("eval", model, "mc.yaml", "--samples", "rows.out"))[0]["choices"] == ["w8", "w9"]
 
 
-class Pairs:
-    """Stands for a tokenizer that joins some characters: ab and bc are tokens, and each character."""
-
-    bos_token_id, eos_token_id = None, 0
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids, place = [], 0
-        while place < len(text):
-            pair = text[place : place + 2]
-            ids.append({"ab": 1, "bc": 2}.get(pair, ord(text[place])))
-            place += 2 if pair in ("ab", "bc") else 1
-        return ids
+def joining() -> PreTrainedTokenizerFast:
+    """A tokenizer of characters that joins ab and bc."""
+    vocabulary = {token: number for number, token in enumerate(["</s>", *"abcxyz", "ab", "bc"])}
+    model = models_of_tokenizers.BPE(vocabulary, [("a", "b"), ("b", "c")])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>")
 
 
 def test_tokens_across_the_end_of_the_prompt() -> None:
     """One choice joins the prompt's last character: then all of them are counted from that character on."""
-
-    class Holder:
-        tokenizer = Pairs()
+    tokenizer = joining()
 
     def spans(prompt: str, *texts: str) -> list[Any]:
-        asked = Asked(Pairs().encode(prompt, add_special_tokens=False), prompt)
-        return _spans(Holder(), Record({}, "here"), asked, texts, 7, None)  # type: ignore[arg-type]
+        asked = Asked(tokenizer.encode(prompt, add_special_tokens=False), prompt)
+        return _spans(tokenizer, Record({}, "here"), asked, texts, 7, None)
 
     apart = spans("xa", "yy", "z")
     assert [span.counted.tolist() for span in apart] == [[False, False, True, True], [False, False, True]]
     joined = spans("xa", "b", "z")
-    assert [span.ids.tolist() for span in joined] == [[ord("x"), 1], [ord("x"), ord("a"), ord("z")]]
+    tokens = [tokenizer.convert_ids_to_tokens(span.ids.tolist()) for span in joined]
+    assert tokens == [["x", "ab"], ["x", "a", "z"]]
     assert [span.counted.tolist() for span in joined] == [[False, True], [False, True, True]]
     assert {span.key for span in joined} == {7}
 
