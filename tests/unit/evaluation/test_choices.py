@@ -126,7 +126,8 @@ def test_choices_are_seen_under_the_same_noise(llmtrain: CommandLine, models: di
     write_task(same, samples=2)
     row = records(llmtrain("eval", models["masked"], "mc.yaml", "--samples", "rows.out"))[0]
     assert row["nats"][0] == pytest.approx(row["nats"][1], rel=1e-6) and row["nats_stderr"][0] > 0.1
-    assert row["chosen"] == 0
+    # Of equal texts the last bit decides, which is another one on each processor.
+    assert row["chosen"] == min((0, 1), key=row["nats"].__getitem__)
 
 
 @pytest.mark.parametrize("kind", ["masked", "block"])
