@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from llmtrain import __version__, cli_use
+from llmtrain import __version__, cli_search, cli_select, cli_use
 from llmtrain.cli_checkpoint import checkpoint_app
 from llmtrain.cli_data import data_app
 from llmtrain.cli_loading import loading
@@ -198,6 +198,8 @@ def compare(
 
 
 cli_use.register(app)
+cli_search.register(app)
+cli_select.register(app)
 
 
 @tokenizer_app.command("train", epilog="Example: llmtrain tokenizer train quickstart --output my-tokenizer")

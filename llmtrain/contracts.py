@@ -154,8 +154,11 @@ class Engine(Protocol):
         """Clips, steps the optimizer at learning rate `lr` and zeroes the gradients."""
         ...
 
-    def evaluating(self) -> AbstractContextManager[None]:
-        """Evaluation mode without gradients, with the averaged weights where EMA is on."""
+    def evaluating(self, averaged: bool = True) -> AbstractContextManager[None]:
+        """Evaluation mode without gradients, with the averaged weights where EMA is on.
+
+        With `averaged` false it is the weights that are trained: for answers and figures that a step is made of.
+        """
         ...
 
     def full_parameters(self, names: Collection[str] | None = None) -> Iterable[tuple[str, Tensor]]:

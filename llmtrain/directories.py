@@ -1,4 +1,4 @@
-"""New directories that are there whole, or not at all."""
+"""New directories and files that are there whole, or not at all."""
 
 import os
 import shutil
@@ -57,6 +57,25 @@ def new_directory(
         raise TrainingError(f"{output} could not be written: {reason}\n  remedy: {remedy}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` when it is whole.
+
+    Raises:
+        TrainingError: the disk is full, or fails.
+    """
+    aside = path.with_name(f".writing-{path.name}")
+    try:
+        yield aside
+        aside.replace(path)
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be written: {error.strerror}\n  remedy: make room, or name another file"
+        ) from None
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def fsync_path(path: Path) -> None:

@@ -9,12 +9,14 @@ import os
 import re
 import resource
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, and not re-exported as types go
@@ -149,6 +151,31 @@ def sum_scalars(values: Sequence[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=_collective_device())
     dist.all_reduce(total)
     return total.tolist()
+
+
+def sum_array(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Sums over the ranks of an array of the same shape on each; on every rank."""
+    if not dist.is_initialized():
+        return values
+    total = torch.from_numpy(values).to(_collective_device())
+    dist.all_reduce(total)
+    summed: npt.NDArray[np.float64] = total.cpu().numpy()
+    return summed
+
+
+def of_main(action: Callable[[], T], world: World) -> T:
+    """What `action` gives on rank 0, on every rank; an InputError in it is raised on all of them."""
+    made, failure = None, None
+    if world.is_main:
+        try:
+            made = action()
+        except InputError as error:
+            failure = (error.message, error.where, error.remedy)
+    made, failure = broadcast_object((made, failure))
+    if failure is not None:
+        message, where, remedy = failure
+        raise InputError(message, where=where, remedy=remedy)
+    return cast(T, made)
 
 
 def on_any_rank(flag: bool) -> bool:

@@ -142,9 +142,13 @@ class Loop:
                 add(name, value, weight)
         return sums
 
-    def _evaluate(self, observer: Observer) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
+        """The held-out figures of the weights as they are."""
         with self._evaluating():
-            figures = self.algorithm.evaluate(self.models, self.device)
+            return self.algorithm.evaluate(self.models, self.device)
+
+    def _evaluate(self, observer: Observer) -> dict[str, float]:
+        figures = self.evaluate()
         self._figures = figures
         if figures:
             observer.evaluation(self.progress.step, figures)

@@ -12,20 +12,30 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtrain import distributed, engines
 from llmtrain.algorithms.building import build_algorithm
+from llmtrain.algorithms.distillation import check_teacher, check_tokenizer
+from llmtrain.algorithms.judged import AdapterOff, Around
 from llmtrain.checkpoint.generators import seed_generators
 from llmtrain.checkpoint.state import restore_state
 from llmtrain.checkpoint.store import CheckpointStore
-from llmtrain.contracts import POLICY, Engine
+from llmtrain.contracts import POLICY, Engine, FrozenModel
 from llmtrain.data.build import Datasets, cache_directory, prepare_data, prepare_tokenizer
 from llmtrain.distributed import World
 from llmtrain.ending import run_to_its_end, watched
 from llmtrain.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TrainingError
 from llmtrain.loop import Loop
 from llmtrain.models.blueprint import Blueprint
-from llmtrain.models.checks import Asked, check_attends_as_told, check_causality, check_document_isolation, check_head
+from llmtrain.models.checks import (
+    Asked,
+    check_attends_as_told,
+    check_causality,
+    check_document_isolation,
+    check_head,
+    check_shares_prompts,
+)
 from llmtrain.models.decoder import Decoder
 from llmtrain.models.diffusion import Diffusion, diffusion_of, save_diffusion
-from llmtrain.models.hub import open_model
+from llmtrain.models.hub import open_model, open_other_model
+from llmtrain.models.reward import Reward, reward_of, save_reward
 from llmtrain.models.saving import save_pretrained
 from llmtrain.observe.flops import device_peak_flops, training_flops_per_token
 from llmtrain.observe.logs import setup_logging
@@ -35,7 +45,15 @@ from llmtrain.recipe.batch import BatchPlan, plan_batch
 from llmtrain.recipe.layout import check_layout
 from llmtrain.recipe.loading import LoadedRecipe
 from llmtrain.recipe.resolved import flattened, identity_differences
-from llmtrain.recipe.schema import DIFFUSION, SFT, BlockDiffusion, CausalLM, GroupOptions, Recipe
+from llmtrain.recipe.schema import (
+    DIFFUSION,
+    REFERENCED,
+    BlockDiffusion,
+    Distillation,
+    GroupOptions,
+    Recipe,
+    RewardModel,
+)
 from llmtrain.rundir import RunDirectory, claim
 from llmtrain.schedule import check_steps
 
@@ -87,24 +105,12 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
     blueprint = open_model(recipe, tokenizer, num_new)
     adapter = _adapted(blueprint, recipe, tokenizer)
     decoder = blueprint.decoder
-    # Before the engine: what is counted here is whole, and no layout changes it.
-    flops = training_flops_per_token(
-        decoder.num_matmul_parameters(),
-        decoder.num_layers(),
-        decoder.attention_width(),
-        recipe.sequence_length,
-        decoder.num_frozen_matmul_parameters(),
-        copies=recipe.copies,
-        causal=isinstance(recipe.algorithm, CausalLM | SFT | BlockDiffusion),
-    )
-    log.info(
-        "model: %s, %.2fM parameters (%.2fM that multiply)",
-        type(decoder.hf).__name__,
-        decoder.num_parameters() / 1e6,
-        decoder.num_matmul_parameters() / 1e6,
-    )
+    if recipe.shares_prompts:
+        check_shares_prompts(decoder, recipe)
+    flops = _counted_flops(decoder, recipe)
     engine = engines.prepare(blueprint, recipe, world)
     _check_model(decoder, engine, recipe)  # before the data: a mistake here shall not wait for them
+    teacher = _teacher(recipe, tokenizer, world)
     datasets = prepare_data(recipe, tokenizer, cache)
     _check_same_data(datasets)
     num_steps = recipe.steps or math.ceil((recipe.epochs or 0) * datasets.steps_per_epoch(batch.sequences))
@@ -113,7 +119,9 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
     _describe(recipe, batch, datasets, num_steps, f"{peak.flops_per_second / 1e12:.3g} TFLOP/s, {peak.source}")
 
     trained: dict[str, Engine] = {POLICY: engine}
-    algorithm = build_algorithm(recipe, batch, tokenizer, datasets, decoder, world)
+    off = None if adapter is None else _switch(adapter)
+    around = Around(engine, decoder, world, directory.path, phases, off, teacher)
+    algorithm = build_algorithm(recipe, batch, tokenizer, datasets, around)
     seed_generators(recipe.seed, world.rank)
     store = CheckpointStore(directory.checkpoints, recipe.checkpoint, world, recipe.watchdog.save)
     with store:  # a save that is under way is finished, whatever ends the loop
@@ -130,12 +138,32 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
     if not finished:
         log.warning("stopped after step %d of %d; the same command goes on from there", loop.progress.step, num_steps)
         return EXIT_PREEMPTED
+    reward = reward_of(recipe, _score_of_best(loop, world) if _normalizes(recipe) else 0.0)
     with phases("save"):
         tokenizer.chat_template = datasets.documents.chat_template
-        diffusion = diffusion_of(recipe, tokenizer.mask_token_id)
-        _export(decoder, engine, adapter, tokenizer, diffusion, directory, world)
+        beside = diffusion_of(recipe, tokenizer.mask_token_id), reward
+        _export(decoder, engine, adapter, tokenizer, beside, directory, world)
     log.info("done: %d steps; the model is in %s", loop.progress.step, directory.final)
     return EXIT_DONE
+
+
+def _counted_flops(decoder: Decoder, recipe: Recipe) -> float:
+    """FLOPs a token. Called before the engine: what is counted here is whole, and no layout changes it."""
+    log.info(
+        "model: %s, %.2fM parameters (%.2fM that multiply)",
+        type(decoder.hf).__name__,
+        decoder.num_parameters() / 1e6,
+        decoder.num_matmul_parameters() / 1e6,
+    )
+    return training_flops_per_token(
+        decoder.num_matmul_parameters(),
+        decoder.num_layers(),
+        decoder.attention_width(),
+        recipe.sequence_length,
+        decoder.num_frozen_matmul_parameters(),
+        copies=recipe.copies,
+        causal=not isinstance(recipe.algorithm, DIFFUSION) or isinstance(recipe.algorithm, BlockDiffusion),
+    )
 
 
 def _adapted(blueprint: Blueprint, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> "Adapter | None":
@@ -143,8 +171,42 @@ def _adapted(blueprint: Blueprint, recipe: Recipe, tokenizer: PreTrainedTokenize
     if recipe.adapter is None:
         return None
     from llmtrain.models.peft import adapt  # here, because peft takes seconds that no other run should pay
+    from llmtrain.models.peft.switch import check_switchable
 
-    return adapt(blueprint, recipe, tokenizer)
+    adapter = adapt(blueprint, recipe, tokenizer)
+    if isinstance(recipe.algorithm, REFERENCED) and recipe.algorithm.reference == "adapter_off":
+        assert adapter is not None
+        check_switchable(adapter)
+    return adapter
+
+
+def _switch(adapter: "Adapter") -> AdapterOff:
+    from llmtrain.models.peft.switch import disabled
+
+    return lambda: disabled(adapter)
+
+
+def _teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, world: World) -> FrozenModel | None:
+    """The teacher of a distillation, on the recipe's backend."""
+    if not isinstance(recipe.algorithm, Distillation):
+        return None
+    check_tokenizer(recipe, tokenizer)
+    blueprint = open_other_model(recipe.algorithm.teacher, recipe, tokenizer, where="algorithm.teacher")
+    teacher = engines.prepare_frozen(blueprint, recipe, world)
+    check_teacher(recipe, teacher, blueprint.decoder, world.device)
+    return teacher
+
+
+def _normalizes(recipe: Recipe) -> bool:
+    return isinstance(recipe.algorithm, RewardModel) and recipe.algorithm.normalize
+
+
+def _score_of_best(loop: Loop, world: World) -> float:
+    """The mean score of the best held-out answers, by the weights that are exported."""
+    score = loop.evaluate().get("best_score")
+    if score is None and world.is_main:
+        log.warning("no rows are held out, so scores are not normalised: their zero means nothing")
+    return score or 0.0
 
 
 def _resume(loop: Loop, directory: RunDirectory, world: World) -> None:
@@ -213,6 +275,8 @@ def _check_model(decoder: Decoder, engine: Engine, recipe: Recipe) -> None:
             check_attends_as_told(asked)
             return
         check_causality(asked)
+        if recipe.shares_prompts:
+            check_attends_as_told(asked)
         if recipe.packing != "none":
             check_document_isolation(asked)
 
@@ -238,11 +302,12 @@ def _export(
     engine: Engine,
     adapter: "Adapter | None",
     tokenizer: PreTrainedTokenizerBase,
-    diffusion: Diffusion | None,
+    beside: tuple[Diffusion | None, Reward | None],
     directory: RunDirectory,
     world: World,
 ) -> None:
-    """Writes final/; all ranks stream the parameters, rank 0 keeps them."""
+    """Writes final/ with what lies beside the weights; all ranks stream the parameters, rank 0 keeps them."""
+    diffusion, reward = beside
 
     def parameters() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in engine.full_parameters(None if adapter is None else adapter.names):
@@ -265,6 +330,8 @@ def _export(
                 save_pretrained(decoder.hf, parameters(), tokenizer, target)
             if diffusion is not None:
                 save_diffusion(diffusion, target)
+            if reward is not None:
+                save_reward(reward, target)
     else:
         for _ in parameters():
             pass

@@ -5,6 +5,7 @@ runs/<name>/
     starts.jsonl            one object a start: when, where, versions, from which step
     verdict.json            how the newest start ended
     metrics.jsonl  samples.jsonl  checkpoints/  tensorboard/  logs/rank-N.log
+    reference.safetensors   log-probabilities under the reference, of algorithms that need them
     final/                  the exported model; there only when it is complete
     .lock  .lock-holder     held while a run is alive, and by whom
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from llmtrain.algorithms.reference import FILE as REFERENCE
 from llmtrain.checkpoint.files import written_aside
 from llmtrain.directories import new_directory
 from llmtrain.distributed import World, broadcast_object, gather_objects
@@ -30,7 +32,10 @@ from llmtrain.recipe.schema import Recipe
 
 _LOCK, _HOLDER = ".lock", ".lock-holder"
 # What is there of a run that never began to train: another recipe may take its place.
-_BEFORE_TRAINING = frozenset({_LOCK, _HOLDER, f".writing-{RESOLVED}", "logs", "verdict.json", ".writing-verdict.json"})
+_BEFORE_TRAINING = frozenset(
+    {_LOCK, _HOLDER, "logs"}
+    | {f"{aside}{name}" for name in (RESOLVED, "verdict.json", REFERENCE) for aside in ("", ".writing-")} - {RESOLVED}
+)
 _SHOWN_DIFFERENCES = 5
 
 

@@ -11,6 +11,8 @@ from llmtrain.algorithms import causal_lm, sft
 from llmtrain.algorithms.block_diffusion import BlockDiffusion
 from llmtrain.algorithms.clipped_rates import SearchedRates
 from llmtrain.algorithms.diffusion_samples import DiffusionSamples
+from llmtrain.algorithms.distillation import distilled
+from llmtrain.algorithms.judged import Around, judged
 from llmtrain.algorithms.masked_diffusion import MaskedDiffusion
 from llmtrain.algorithms.masking import rows_of
 from llmtrain.algorithms.score_entropy import ScoreEntropy
@@ -19,7 +21,6 @@ from llmtrain.contracts import POLICY, Algorithm, LossOutput, MicroBatch
 from llmtrain.data.build import Datasets
 from llmtrain.data.loader import Loader, evaluation_batches
 from llmtrain.data.tokenizer import pad_id
-from llmtrain.distributed import World
 from llmtrain.models.decoder import Decoder
 from llmtrain.models.diffusion import diffusion_of
 from llmtrain.recipe import schema
@@ -46,10 +47,12 @@ def build_algorithm(
     batch: BatchPlan,
     tokenizer: PreTrainedTokenizerBase,
     datasets: Datasets,
-    decoder: Decoder,
-    world: World,
+    around: Around,
 ) -> Algorithm:
     """The recipe's algorithm on this rank's share of its rows."""
+    if recipe.compares or recipe.scores:
+        return judged(recipe, batch, tokenizer, datasets, around)
+    decoder, world = around.decoder, around.world
     order = datasets.order(recipe.seed)
     loader = Loader(datasets.train, order, batch.sequences, batch.micro_sequences, world.rank, world.size)
     batches = evaluation_batches(
@@ -58,6 +61,13 @@ def build_algorithm(
     max_length = decoder.max_length(default=recipe.sequence_length)
     asked = (recipe.samples, tokenizer, max_length, recipe.seed, datasets.documents.prompt_ids)
     algorithm = recipe.algorithm
+    if isinstance(algorithm, schema.Distillation):
+        assert around.teacher is not None, "run.py opens it"
+        template = datasets.documents.chat_template
+        parts = distilled(
+            recipe, batch, loader, batches, around.engine, around.teacher, decoder, tokenizer, template, world
+        )
+        return Supervised(*parts, TextSamples(*asked), datasets.fingerprint)
     if isinstance(algorithm, schema.CausalLM | schema.SFT):
         loss: Loss = sft.LOSSES[algorithm.loss] if isinstance(algorithm, schema.SFT) else causal_lm.nll
         held_out = HeldOut(batches, bytes_of((micro.tensors["targets"] for micro in batches), tokenizer))

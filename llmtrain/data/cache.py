@@ -9,13 +9,18 @@ and for fine-tuning
     tokens/<key>/{train,validation}.trained  uint8 for each token, 1 where it is trained
     tokens/<key>/{train,validation}.numbers  int64 for each document, which of the source's examples it is
 
+and for answers that were judged, whose tokens have the marks of `data/groups.py` in place of 0 and 1,
+
+    tokens/<key>/{train,validation}.values       float32, two for each answer or step that was judged
+    tokens/<key>/{train,validation}.value_ends   int64 for each document, where its answers end (exclusive)
+
 The key hashes the source's content and settings, the encoding, the split, deduplication and FORMAT.
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -36,10 +41,11 @@ from llmtrain.recipe.schema import HuggingFaceSource, ParquetSource, Source
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # change it with anything that changes the tokens of a document or the files
+FORMAT = 3  # change it with anything that changes the tokens of a document or the files
 TRAIN, VALIDATION = "train", "validation"
 BATCH_CHARACTERS = 4_000_000  # text that is tokenised at a time
 INT64 = np.dtype("<i8")
+FLOAT32 = np.dtype("<f4")
 T = TypeVar("T")
 
 
@@ -55,6 +61,7 @@ class TokenCorpus:
         trained: uint8 like `tokens`, 0 for tokens that are read and not learnt; None where all are trained.
         numbers: int64 like `document_ends`, which of the source's examples each document is, from 0; None
             for texts.
+        judged: what was judged in each document; None where nothing was.
     """
 
     tokens: npt.NDArray[np.unsignedinteger[Any]]
@@ -62,6 +69,7 @@ class TokenCorpus:
     num_bytes: int
     trained: npt.NDArray[np.uint8] | None = None
     numbers: npt.NDArray[np.int64] | None = None
+    judged: "Judgements | None" = None
 
     @property
     def num_documents(self) -> int:
@@ -80,6 +88,19 @@ class TokenCorpus:
 
 
 @dataclass(frozen=True)
+class Judgements:
+    """Values of answers, or of steps.
+
+    Attributes:
+        values: float32 [answers, 2]; see `data/groups.py`.
+        ends: int64 [documents], where the answers of each end (exclusive).
+    """
+
+    values: npt.NDArray[np.float32]
+    ends: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Halves:
     """A source split by a hash of each document's content; one of the halves may be empty.
 
@@ -87,6 +108,8 @@ class Halves:
         key: the cache's; it changes with the text, its encoding, the split and deduplication.
         num_duplicates: documents that were left out because they had been there before.
         num_empty: documents that were left out because they have no token.
+        nothing_to_learn: documents that were left out, and why; each kind with how many there are and the first
+            one's number in the source.
     """
 
     key: str
@@ -94,6 +117,7 @@ class Halves:
     validation: TokenCorpus
     num_duplicates: int
     num_empty: int
+    nothing_to_learn: dict[str, tuple[int, int]]
 
 
 def is_held_out(text: str, validation_fraction: float) -> bool:
@@ -131,7 +155,8 @@ def tokenised(
     path = cache_dir / "tokens" / key
     about = build_once(path, f"tokens of {describe(source)}", build)
     train, validation = (_open(path, half, about) for half in (TRAIN, VALIDATION))
-    return Halves(key, train, validation, about["num_duplicates"], about["num_empty"])
+    nothing = {why: (num, first) for why, (num, first) in about["nothing_to_learn"].items()}
+    return Halves(key, train, validation, about["num_duplicates"], about["num_empty"], nothing)
 
 
 def _open(directory: Path, half: str, about: dict[str, Any]) -> TokenCorpus:
@@ -144,7 +169,13 @@ def _open(directory: Path, half: str, about: dict[str, Any]) -> TokenCorpus:
         return TokenCorpus(tokens, ends, counts["num_bytes"])
     trained = map_array(directory / f"{half}.trained", np.dtype(np.uint8), num_tokens)
     numbers = map_array(directory / f"{half}.numbers", INT64, num_documents)
-    return TokenCorpus(tokens, ends, counts["num_bytes"], trained, numbers)
+    judged = None
+    if about["judged"]:
+        value_ends = map_array(directory / f"{half}.value_ends", INT64, num_documents)
+        num_values = int(value_ends[-1]) if len(value_ends) else 0
+        values = map_array(directory / f"{half}.values", FLOAT32, 2 * num_values).reshape(-1, 2)
+        judged = Judgements(values, value_ends)
+    return TokenCorpus(tokens, ends, counts["num_bytes"], trained, numbers, judged)
 
 
 def map_array(file: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]:
@@ -158,9 +189,16 @@ def map_array(file: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]
 class _HalfWriter:
     """Appends documents to the files of one half."""
 
-    def __init__(self, tokens: BinaryIO, ends: BinaryIO, dtype: np.dtype[Any], masks: tuple[BinaryIO, BinaryIO] | None):
-        self._tokens, self._ends, self._dtype, self._masks = tokens, ends, dtype, masks
-        self.num_tokens = self.num_documents = self.num_bytes = self.num_trained = 0
+    def __init__(
+        self,
+        tokens: BinaryIO,
+        ends: BinaryIO,
+        dtype: np.dtype[Any],
+        masks: tuple[BinaryIO, BinaryIO] | None,
+        judged: tuple[BinaryIO, BinaryIO] | None,
+    ):
+        self._tokens, self._ends, self._dtype, self._masks, self._judged = tokens, ends, dtype, masks, judged
+        self.num_tokens = self.num_documents = self.num_bytes = self.num_trained = self.num_values = 0
 
     def append(self, documents: list[Tokens], numbers: list[int], num_bytes: int) -> None:
         lengths = np.array([len(document.ids) for document in documents], INT64)
@@ -172,7 +210,13 @@ class _HalfWriter:
             trained = np.fromiter(chain.from_iterable(document.trained for document in documents), np.uint8, total)
             self._masks[0].write(trained.data)
             self._masks[1].write(np.array(numbers, INT64).data)
-            self.num_trained += int(trained.sum(dtype=np.int64))
+            self.num_trained += int((trained & 1).sum(dtype=np.int64))
+        if self._judged is not None:
+            counts = np.array([len(document.values) for document in documents], INT64)
+            values = [value for document in documents for value in document.values]
+            self._judged[0].write(np.array(values, FLOAT32).tobytes())
+            self._judged[1].write((self.num_values + np.cumsum(counts)).astype(INT64).tobytes())
+            self.num_values += len(values)
         self.num_tokens += total
         self.num_documents += len(documents)
         self.num_bytes += num_bytes
@@ -187,6 +231,7 @@ class _LeftOut:
 
     num_duplicates: int = 0
     num_empty: int = 0
+    nothing_to_learn: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def _write(
@@ -203,7 +248,8 @@ def _write(
                 return stack.enter_context(open(directory / f"{half}.{ending}", "wb"))
 
             masks = (file("trained"), file("numbers")) if documents.masked else None
-            return _HalfWriter(file("tokens"), file("ends"), dtype, masks)
+            judged = (file("values"), file("value_ends")) if documents.judged else None
+            return _HalfWriter(file("tokens"), file("ends"), dtype, masks, judged)
 
         halves = {half: writer(half) for half in (TRAIN, VALIDATION)}
         total = _num_bytes(source, documents.masked)
@@ -213,12 +259,16 @@ def _write(
             progress.advance(sum(len(entry.content.encode("utf-8")) for entry in batch))
     if not any(writer.num_documents for writer in halves.values()):
         remedy = "check the source: empty and whitespace-only documents do not count"
+        if left_out.nothing_to_learn:
+            remedy += ", and " + "; ".join(f"of {num}: {why}" for why, (num, _) in left_out.nothing_to_learn.items())
         raise InputError("the corpus is empty: no document", where=describe(source), remedy=remedy)
     _report(source, halves, left_out, documents.masked, progress.seconds)
     return {
         **{half: writer.counts() for half, writer in halves.items()},
         "dtype": dtype.str,
         "masked": documents.masked,
+        "judged": documents.judged,
+        "nothing_to_learn": left_out.nothing_to_learn,
         "num_duplicates": left_out.num_duplicates,
         "num_empty": left_out.num_empty,
     }
@@ -267,6 +317,10 @@ def _append(
     numbers: dict[str, list[int]] = {TRAIN: [], VALIDATION: []}
     sizes = {TRAIN: 0, VALIDATION: 0}
     for entry, tokens in zip(batch, documents.encode([entry.document for entry in batch]), strict=True):
+        if not tokens.ids and tokens.why:
+            num, first = left_out.nothing_to_learn.get(tokens.why, (0, entry.number))
+            left_out.nothing_to_learn[tokens.why] = (num + 1, first)
+            continue
         if not tokens.ids:
             left_out.num_empty += 1
             continue

@@ -5,6 +5,8 @@
     conversations                        as the chat template writes them, no frame. Trained are the assistant's
                                          turns, or the last one, with the token that ends the turn; never those of
                                          a prompt that has a completion.
+    stepwise                             as an answer of its steps, each with the separator behind it. "Trained" is
+                                         the last token of each, where the step is judged.
 
 With data.train_on `all`, every token of every row is trained. A token that holds a trained and an
 untrained character is trained, as in transformers and TRL.
@@ -21,19 +23,28 @@ import logging
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from llmtrain.data.chat_rendering import ChatRenderer, Refused, Underivable, free_characters, strings
 from llmtrain.data.chat_template_files import CHOICES, NAMES, load_template, named, without_marks
-from llmtrain.data.examples import Conversation, Example, Preference, PromptCompletion, PromptOnly, Text
+from llmtrain.data.examples import (
+    Conversation,
+    Example,
+    Labelled,
+    Preference,
+    PromptCompletion,
+    PromptOnly,
+    Ranking,
+    Stepwise,
+    Text,
+)
 from llmtrain.data.formats import USUAL_NAMES
 from llmtrain.data.hashing import hash_settings
 from llmtrain.data.tokenizer import document_frame, hash_tokenizer, prompt_ids
 from llmtrain.errors import InputError
-from llmtrain.recipe.schema import Data
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +54,20 @@ Span = tuple[int, int]
 
 
 class Tokens(NamedTuple):
-    """One document: ids, and whether each is to be predicted (of the same length)."""
+    """One document.
+
+    Attributes:
+        ids: none where it is left out.
+        trained: of the same length, whether each is to be predicted; of answers that were judged, their marks
+            (`data/groups.py`).
+        values: of what was judged (answers or steps), as `data/groups.py` says.
+        why: it was left out, where that is not because no token is left of it.
+    """
 
     ids: list[int]
-    trained: list[bool]
+    trained: Sequence[int]
+    values: Sequence[tuple[float, float]] = ()
+    why: str = ""
 
 
 class _Prepared(NamedTuple):
@@ -58,6 +79,7 @@ class _Prepared(NamedTuple):
         gap: a character that was put into what must not become a special token; its tokens are dropped.
         frame: whether BOS and EOS go around it.
         turns: whether the spans are turns, each of which must end with a token that ends it.
+        learns_end: whether the EOS of a frame is trained.
     """
 
     text: str
@@ -66,6 +88,7 @@ class _Prepared(NamedTuple):
     gap: str | None
     frame: bool
     turns: bool
+    learns_end: bool = True
 
 
 class ExampleEncoder:
@@ -73,7 +96,8 @@ class ExampleEncoder:
 
     Args:
         tokenizer: a fast one, with an EOS token.
-        data: the recipe's section, for chat_template and train_on.
+        chat_template, train_on: of the recipe's section data.
+        separator: stands after each step of stepwise examples; None where these are refused.
 
     Attributes:
         template: the chat template that conversations are written by; None where the tokenizer has none
@@ -86,9 +110,15 @@ class ExampleEncoder:
         InputError: data.chat_template is neither a template nor a file, or is no Jinja.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data):
-        self._tokenizer, self._train_on = tokenizer, data.train_on
-        self._renderer, self.inference_template = _choose(tokenizer, data.chat_template)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
+        separator: str | None = None,
+    ):
+        self._tokenizer, self._train_on, self._separator = tokenizer, train_on, separator
+        self._renderer, self.inference_template = _choose(tokenizer, chat_template)
         self.template = None if self._renderer is None else self._renderer.template
         added = tokenizer.added_tokens_decoder
         self._added_ids = frozenset(added)
@@ -98,7 +128,7 @@ class ExampleEncoder:
         self._before, self._after = document_frame(tokenizer)
         self._warned = False
         self.fingerprint = hash_settings(
-            [FORMAT, hash_tokenizer(tokenizer), tokenizer.special_tokens_map, self.template, data.train_on]
+            [FORMAT, hash_tokenizer(tokenizer), tokenizer.special_tokens_map, self.template, train_on, separator]
         )
 
     def encode(self, examples: Sequence[Example]) -> list[Tokens]:
@@ -140,7 +170,36 @@ class ExampleEncoder:
                 return self._framed(example.prompt, example.completion, example.where)
             case Conversation():
                 return self._chat(example)
+            case Stepwise() if self._separator is not None:
+                return self._steps(example, self._separator)
         raise _not_for_sft(example)
+
+    def _steps(self, example: Stepwise, separator: str) -> _Prepared:
+        """The answer as one text, whose spans are the last character of each step with its separator."""
+        steps = [step + separator for step in example.completions]
+        if isinstance(example.prompt, str):
+            prepared = self._framed(example.prompt, "".join(steps), example.where)
+        else:
+            answer = {"role": "assistant", "content": "".join(steps)}
+            whole = Conversation([*example.prompt, answer], example.where, num_prompt=len(example.prompt))
+            prepared = self._chat(whole)
+        place, spans = prepared.spans[0][0], []
+        for step in steps:
+            # Some templates strip an answer, so that its last separator may be gone.
+            start, end = next(
+                (
+                    (found, found + len(piece))
+                    for piece in (step, step.rstrip())
+                    if (found := prepared.text.find(piece, place)) >= 0
+                ),
+                (-1, -1),
+            )
+            if start < 0:
+                message = "the chat template changes the steps, or they hold what looks like a special token"
+                raise InputError(message, where=example.where, remedy="write them otherwise, or leave the record out")
+            place = end
+            spans.append((end - 1, end))
+        return prepared._replace(spans=spans, turns=False, learns_end=False)
 
     def _framed(self, prompt: str, learnt: str, where: str) -> _Prepared:
         text = prompt + learnt.removesuffix(str(self._tokenizer.eos_token))
@@ -226,7 +285,7 @@ class ExampleEncoder:
         with_all = self._train_on == "all" or item.spans == [(0, len(item.text))]
         return Tokens(
             [*self._before, *ids, *self._after],
-            [*[with_all] * len(self._before), *trained, *[True] * len(self._after)],
+            [*[with_all] * len(self._before), *trained, *[item.learns_end] * len(self._after)],
         )
 
     def _closed(self, item: _Prepared, span: Span, ids: list[int], starts: list[int], last: int) -> int:
@@ -283,13 +342,17 @@ def _choose(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> tuple[Cha
 
 
 def _not_for_sft(example: Example) -> InputError:
-    if isinstance(example, Preference):
-        what = "a preference (chosen and rejected) is for reward models and preference training such as DPO"
+    if isinstance(example, Preference | Ranking):
+        what = "answers that were compared are for reward models and preference training such as DPO"
+    elif isinstance(example, Labelled):
+        what = "an answer with a label, good or bad, is for algorithm kto; bad ones should not be imitated"
     elif isinstance(example, PromptOnly):
         what = "a prompt without a completion is for reinforcement learning, where the model writes the answer"
     else:
         what = "an answer in steps with labels is for process reward models"
     remedy = "for sft give text, messages, sharegpt, alpaca or prompt_completion"
+    if isinstance(example, Labelled):
+        remedy = "keep the good ones; set `format: prompt_completion` of this source to learn all of them"
     answers = [
         name for name in USUAL_NAMES["completion"] if isinstance(example, PromptOnly) and name in example.columns
     ]

@@ -7,10 +7,11 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtrain.data.chat import ExampleEncoder, Tokens
 from llmtrain.data.formats import Example, read_examples
+from llmtrain.data.groups import Judged
 from llmtrain.data.hashing import hash_settings
 from llmtrain.data.sources import read_documents
 from llmtrain.data.tokenizer import document_frame, encode_documents, hash_tokenizer, num_ids, prompt_ids
-from llmtrain.recipe.schema import DIFFUSION, Data, Recipe, Source
+from llmtrain.recipe.schema import DIFFUSION, KTO, Data, ProcessReward, Recipe, Source
 
 T = TypeVar("T")
 
@@ -22,12 +23,14 @@ class Documents(Protocol[T]):
         fingerprint: changes with all that decides the ids and masks of a document.
         num_ids: one more than the largest id.
         masked: whether some tokens are not trained; otherwise all are, and `Tokens.trained` is empty.
+        judged: whether they are groups of answers (`data/groups.py`).
         chat_template: the one to save beside the model.
     """
 
     fingerprint: str
     num_ids: int
     masked: bool
+    judged: bool
     chat_template: Any
 
     def read(self, source: Source) -> Iterator[T]:
@@ -50,7 +53,7 @@ class Documents(Protocol[T]):
 class Texts:
     """Texts of which every token is trained (pretraining)."""
 
-    masked = False
+    masked = judged = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
@@ -79,9 +82,10 @@ class Examples:
     """Examples of which some tokens are trained (fine-tuning)."""
 
     masked = True
+    judged = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data):
-        self._encoder = ExampleEncoder(tokenizer, data)
+        self._encoder = ExampleEncoder(tokenizer, data.chat_template, data.train_on)
         self.fingerprint, self.num_ids = self._encoder.fingerprint, num_ids(tokenizer)
         self.chat_template = self._encoder.inference_template
 
@@ -109,7 +113,7 @@ class Filled(Generic[T]):
         self._documents, self._eos_id, self._multiple, self._longest = documents, eos_id, multiple, longest
         self.fingerprint = hash_settings([documents.fingerprint, "filled", eos_id, multiple, longest])
         self.num_ids, self.chat_template = documents.num_ids, documents.chat_template
-        self.masked = documents.masked
+        self.masked, self.judged = documents.masked, documents.judged
 
     def read(self, source: Source) -> Iterator[T]:
         return self._documents.read(source)
@@ -133,8 +137,12 @@ class Filled(Generic[T]):
 
 def documents_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Documents[Any]:
     """What the recipe's algorithm reads."""
-    documents: Documents[Any] = Examples(tokenizer, recipe.data) if recipe.fine_tunes else Texts(tokenizer)
     algorithm = recipe.algorithm
+    if isinstance(algorithm, ProcessReward):
+        return Judged(tokenizer, recipe.data, "steps", algorithm.separator)
+    if recipe.compares:
+        return Judged(tokenizer, recipe.data, "labelled" if isinstance(algorithm, KTO) else "compared")
+    documents: Documents[Any] = Examples(tokenizer, recipe.data) if recipe.fine_tunes else Texts(tokenizer)
     if not isinstance(algorithm, DIFFUSION) or algorithm.filled_to is None:
         return documents
     eos = tokenizer.eos_token_id

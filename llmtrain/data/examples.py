@@ -57,17 +57,52 @@ class PromptCompletion:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to compare; without a prompt, both hold the whole conversation or text."""
+    """Two answers to compare; without a prompt, both hold the whole conversation or text.
+
+    Attributes:
+        margin: by how much a reward model's scores shall differ at least.
+    """
 
     prompt: str | list[Message] | None
     chosen: str | list[Message]
     rejected: str | list[Message]
     where: str = field(compare=False)
     tools: list[dict[str, Any]] | None = None
+    margin: float = 0.0
 
     @property
     def content(self) -> str:
-        return _canonical(self.prompt, self.chosen, self.rejected, self.tools)
+        return _canonical(self.prompt, self.chosen, self.rejected, self.tools, self.margin)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Answers with their ranks, 1 the best; those of one rank are not compared with each other."""
+
+    prompt: str | list[Message] | None
+    completions: list[str] | list[list[Message]]
+    ranks: list[int]
+    where: str = field(compare=False)
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def content(self) -> str:
+        return _canonical(self.prompt, self.completions, self.ranks, self.tools)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An answer that is good or bad."""
+
+    prompt: str | list[Message]
+    completion: str | list[Message]
+    label: bool
+    where: str = field(compare=False)
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def content(self) -> str:
+        return _canonical(self.prompt, self.completion, self.label, self.tools)
 
 
 @dataclass(frozen=True)
@@ -87,7 +122,7 @@ class PromptOnly:
 class Stepwise:
     """Steps of an answer, each right or wrong."""
 
-    prompt: str
+    prompt: str | list[Message]
     completions: list[str]
     labels: list[bool]
     where: str = field(compare=False)
@@ -97,4 +132,4 @@ class Stepwise:
         return _canonical(self.prompt, self.completions, self.labels)
 
 
-Example = Text | Conversation | PromptCompletion | Preference | PromptOnly | Stepwise
+Example = Text | Conversation | PromptCompletion | Preference | Ranking | Labelled | PromptOnly | Stepwise

@@ -5,9 +5,11 @@
     sharegpt           conversations [, system, tools]         from human, gpt, system, function_call, observation
     alpaca             instruction, output [, input, system, history]
     prompt_completion  prompt, completion [, tools]            both strings, or both lists of messages
-    preference         chosen, rejected [, prompt, tools]      all strings, or all lists of messages
+    preference         chosen, rejected [, prompt, margin, tools]  all strings, or all lists of messages
+    ranking            completions, ranks [, prompt, tools]    completions of either kind; ranks from 1, the best
+    labelled           prompt, completion, label [, tools]     a good (true) or a bad answer, not compared
     prompt_only        prompt [, anything]                     a string or a list of messages; other columns are kept
-    stepwise           prompt, completions, labels             a string, strings, and a boolean for each
+    stepwise           prompt, completions, labels             a string or messages, strings, a boolean for each
 
 The first record of a source decides, by the names of its fields, unless the source says `format`;
 every record must then be of that format. Other columns are ignored. text and prompt_only yield to
@@ -24,16 +26,32 @@ from llmtrain.data.conversations import (
     SYSTEM,
     USER,
     Message,
-    a_type,
     check_answered,
-    check_asks,
     check_order,
     non_blank,
     parse_messages,
     parse_sharegpt,
     parse_tools,
 )
-from llmtrain.data.examples import Conversation, Example, Preference, PromptCompletion, PromptOnly, Stepwise, Text
+from llmtrain.data.examples import (
+    Conversation,
+    Example,
+    Labelled,
+    Preference,
+    PromptCompletion,
+    PromptOnly,
+    Ranking,
+    Stepwise,
+    Text,
+)
+from llmtrain.data.judged_formats import (
+    check_same_kind,
+    parse_labelled,
+    parse_preference,
+    parse_ranking,
+    parse_stepwise,
+    prompt_messages,
+)
 from llmtrain.data.records import Record, read_records
 from llmtrain.data.sources import describe
 from llmtrain.errors import InputError, nearest
@@ -43,9 +61,11 @@ from llmtrain.recipe.schema.data import RecordSource
 __all__ = [
     "Conversation",
     "Example",
+    "Labelled",
     "Preference",
     "PromptCompletion",
     "PromptOnly",
+    "Ranking",
     "Stepwise",
     "Text",
     "read_examples",
@@ -164,6 +184,8 @@ class _Ids:
 def _matches(fields: dict[str, Any]) -> list[str]:
     """The formats whose required fields are all there; text and prompt_only only where there is no other."""
     found = [name for name, shape in SHAPES.items() if all(required in fields for required in shape.required)]
+    if "labelled" in found:  # a label that is no boolean is some other column
+        found.remove("prompt_completion" if isinstance(fields["label"], bool) else "labelled")
     return [name for name in found if name not in WEAK] or found
 
 
@@ -181,12 +203,6 @@ def _detect(fields: dict[str, Any], where: str) -> str:
         formats = "; ".join(f"{name}: {', '.join(shape.required)}" for name, shape in SHAPES.items())
         remedy = f"name them by `{likely or 'columns'}` of this source; formats are {formats}"
         raise InputError(message, where=where, remedy=remedy)
-    if found[0] == "prompt_completion" and isinstance(fields.get("label"), bool):
-        raise InputError(
-            "prompt and completion with a label: unpaired preferences, whose bad completions should not be imitated",
-            where=where,
-            remedy="keep the good ones; set `format: prompt_completion` of this source to learn all of them",
-        )
     return found[0]
 
 
@@ -257,71 +273,23 @@ def _alpaca(fields: dict[str, Any], where: str) -> Example:
 
 def _prompt_completion(fields: dict[str, Any], where: str) -> Example:
     prompt, completion = fields["prompt"], fields["completion"]
-    _check_same_kind({"prompt": prompt, "completion": completion}, where)
+    check_same_kind({"prompt": prompt, "completion": completion}, where)
     if not isinstance(prompt, list):
         remedy = "for texts without a prompt use format text"
         prompt = non_blank(prompt, "prompt", where, remedy)
         return PromptCompletion(prompt, non_blank(completion, "completion", where, "leave the record out"), where)
-    asked = _prompt_messages(prompt, where)
+    asked = prompt_messages(prompt, where)
     answered = parse_messages(completion, "completion", where)
     check_order(answered, "completion", where, after=asked[-1]["role"])
     return Conversation([*asked, *answered], where, parse_tools(fields.get("tools"), where), num_prompt=len(asked))
-
-
-def _prompt_messages(prompt: Any, where: str) -> list[Message]:
-    messages = parse_messages(prompt, "prompt", where)
-    check_order(messages, "prompt", where)
-    check_asks(messages, "prompt", where)
-    return messages
-
-
-def _preference(fields: dict[str, Any], where: str) -> Example:
-    names = [name for name in ("prompt", "chosen", "rejected") if name in fields]
-    _check_same_kind({name: fields[name] for name in names}, where)
-    if not isinstance(fields["chosen"], list):
-        texts = {name: non_blank(fields[name], name, where, "write it, or leave the record out") for name in names}
-        return Preference(texts.get("prompt"), texts["chosen"], texts["rejected"], where)
-    prompt = _prompt_messages(fields["prompt"], where) if "prompt" in fields else None
-    answers = {}
-    for name in ("chosen", "rejected"):
-        answers[name] = parse_messages(fields[name], name, where)
-        check_answered(answers[name], name, where)
-        check_order(answers[name], name, where, after=prompt[-1]["role"] if prompt else None)
-    tools = parse_tools(fields.get("tools"), where)
-    return Preference(prompt, answers["chosen"], answers["rejected"], where, tools)
 
 
 def _prompt_only(fields: dict[str, Any], where: str) -> Example:
     prompt = fields["prompt"]
     columns = {name: value for name, value in fields.items() if name != "prompt"}
     if isinstance(prompt, list):
-        return PromptOnly(_prompt_messages(prompt, where), columns, where)
+        return PromptOnly(prompt_messages(prompt, where), columns, where)
     return PromptOnly(non_blank(prompt, "prompt", where, "write it, or leave the record out"), columns, where)
-
-
-def _stepwise(fields: dict[str, Any], where: str) -> Example:
-    prompt = non_blank(fields["prompt"], "prompt", where, "write it, or leave the record out")
-    completions, labels = fields["completions"], fields["labels"]
-    remedy = f"expected: {SHAPES['stepwise'].example}"
-    for name, value in (("completions", completions), ("labels", labels)):
-        if not isinstance(value, list):
-            raise InputError(f"{name} is {a_type(value)}, not an array", where=where, remedy=remedy)
-    if not completions or len(completions) != len(labels):
-        message = f"{len(completions)} completions with {len(labels)} labels; each step has one label"
-        raise InputError(message, where=where, remedy=remedy)
-    steps = [non_blank(step, f"completions[{i}]", where, remedy) for i, step in enumerate(completions)]
-    for index, label in enumerate(labels):
-        if not isinstance(label, bool):
-            message = f"labels[{index}] is {a_type(label)} ({label!r}), not true or false"
-            raise InputError(message, where=where, remedy=remedy)
-    return Stepwise(prompt, steps, labels, where)
-
-
-def _check_same_kind(values: dict[str, Any], where: str) -> None:
-    kinds = {name: "messages" if isinstance(value, list) else "a string" for name, value in values.items()}
-    if len(set(kinds.values())) > 1:
-        told = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
-        raise InputError(told, where=where, remedy="make all of them strings, or all of them lists of messages")
 
 
 class _Shape(NamedTuple):
@@ -355,15 +323,27 @@ SHAPES: dict[str, _Shape] = {
     ),
     "preference": _Shape(
         ("chosen", "rejected"),
-        ("prompt", "tools"),
+        ("prompt", "margin", "tools"),
         '{"prompt": "...", "chosen": "...", "rejected": "..."}',
-        _preference,
+        parse_preference,
+    ),
+    "ranking": _Shape(
+        ("completions", "ranks"),
+        ("prompt", "tools"),
+        '{"prompt": "...", "completions": ["good", "better"], "ranks": [2, 1]}',
+        parse_ranking,
+    ),
+    "labelled": _Shape(
+        ("prompt", "completion", "label"),
+        ("tools",),
+        '{"prompt": "...", "completion": "...", "label": true}',
+        parse_labelled,
     ),
     "stepwise": _Shape(
         ("prompt", "completions", "labels"),
         (),
         '{"prompt": "...", "completions": ["step 1", "step 2"], "labels": [true, false]}',
-        _stepwise,
+        parse_stepwise,
     ),
     "text": _Shape(("text",), (), '{"text": "..."}', _text),
     "prompt_only": _Shape(("prompt",), (), '{"prompt": "...", "answer": "..."}', _prompt_only),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,10 +12,11 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from llmtrain.data.build import cache_directory, datasets_of, prepare_tokenizer
+from llmtrain.data.group_rows import Group, GroupPlan, document_span
 from llmtrain.data.histogram import bar, length_counts
 from llmtrain.data.loader import EVALUATION_SEED
 from llmtrain.data.order import ShuffledOrder
-from llmtrain.data.packing import PackedRows
+from llmtrain.data.packing import PackedRows, Row
 from llmtrain.data.prepared import (
     Prepared,
     SourceRows,
@@ -26,7 +27,7 @@ from llmtrain.data.prepared import (
 )
 from llmtrain.data.row_plan import empty_documents
 from llmtrain.data.sources import describe
-from llmtrain.recipe.schema import Recipe
+from llmtrain.recipe.schema import KTO, ProcessReward, Recipe
 
 SHOWN_AT_START, SHOWN_AT_END = 600, 200  # characters of a long run of text
 BAR_CELLS = 40
@@ -97,6 +98,10 @@ def pieces_of_row(half: SourceRows, index: int) -> list[Piece]:
         first, last = np.searchsorted(corpus.document_ends, [start, stop - 1], side="right").tolist()
         edges = [start, *corpus.document_ends[first:last].tolist(), stop]
         return [Piece(first + i, edges[i], edges[i + 1]) for i in range(len(edges) - 1)]
+    if isinstance(half.plan, GroupPlan):
+        groups = half.plan.documents[half.plan.groups_of(index)].tolist()
+        wholes = [document_span(corpus, document) for document in groups]
+        return [Piece(document, whole.start, whole.stop) for document, whole in zip(groups, wholes, strict=True)]
     pieces = half.plan.pieces_of(index)
     starts, spans = half.plan.starts[pieces], half.plan.spans[pieces]
     documents = np.searchsorted(corpus.document_ends, starts, side="right")
@@ -149,7 +154,7 @@ class _Printer:
         length = self._recipe.sequence_length
         pieces = pieces_of_row(half, index)
         row = half.rows[index]
-        num_trained = int((row.targets >= 0).sum())
+        num_trained = _num_trained(row)
         num_tokens = int(half.rows.lengths(np.array([index]))[0])
         self.line(
             f"\n=== row {number}: {index + 1:,} of {len(half.rows):,} of {describe(half.source)}: "
@@ -167,6 +172,9 @@ class _Printer:
         self.line(f"--- {self._name(half, piece.document)}: {end - start:,} tokens ---", "cyan")
         if piece.start > start:
             self.line(f"... {piece.start - start:,} tokens stand in rows before", "yellow")
+        if isinstance(half.plan, GroupPlan):
+            self._group(half, piece)
+            return
         self._tokens(half, piece.start, piece.stop, start)
         if piece.stop < end:
             if half.plan is not None and plan_settings(self._recipe).overflow == "truncate":
@@ -174,13 +182,38 @@ class _Printer:
             else:
                 self.line(f"... {end - piece.stop:,} tokens go on in another row", "yellow")
 
+    def _group(self, half: SourceRows, piece: Piece) -> None:
+        """The prompt, then each answer with how it was judged."""
+        marks, judged = half.corpus.trained, half.corpus.judged
+        assert marks is not None and judged is not None
+        first, last = (
+            int(judged.ends[number]) if number >= 0 else 0 for number in (piece.document - 1, piece.document)
+        )
+        levels = judged.values[first:last, 0].tolist()
+        numbers = marks[piece.start : piece.stop] >> 1
+        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+        for start, stop in pairwise(edges):
+            number = int(numbers[start])
+            if number:
+                self.line(f"- {self._verdict(levels, number)} -", "cyan")
+            self._tokens(half, piece.start + start, piece.start + stop, piece.start)
+
+    def _verdict(self, levels: list[float], number: int) -> str:
+        algorithm = self._recipe.algorithm
+        if isinstance(algorithm, ProcessReward):
+            return "steps: " + ", ".join("right" if level else "wrong" for level in levels)
+        if isinstance(algorithm, KTO):
+            return "bad" if levels[number - 1] else "good"
+        return f"rank {levels[number - 1]:g}"
+
     def _name(self, half: SourceRows, document: int) -> str:
         numbers = half.corpus.numbers
         return f"document {document + 1:,}" if numbers is None else f"example {int(numbers[document]) + 1:,}"
 
     def _tokens(self, half: SourceRows, start: int, stop: int, document_start: int) -> None:
         corpus = half.corpus
-        trained = [True] * (stop - start) if corpus.trained is None else (corpus.trained[start:stop] > 0).tolist()
+        # Of groups of answers the mark is odd where a token is trained, or a step judged.
+        trained = [True] * (stop - start) if corpus.trained is None else (corpus.trained[start:stop] & 1 > 0).tolist()
         if start == document_start:
             trained[0] = False  # nothing predicts it
         text = Text()
@@ -201,7 +234,7 @@ class _Printer:
 
     def left_out(self, half: SourceRows, num: int) -> None:
         """Documents without a trained token; they are in no row, but for packing documents."""
-        if half.counts is None or not half.counts.num_empty:
+        if half.counts is None or not half.counts.num_empty or half.corpus.judged is not None:
             return
         what = "trained on nothing" if half.plan is None else "left out"
         self.line(f"\n=== {describe(half.source)}: {half.counts.num_empty:,} documents {what} ===", "bold red")
@@ -262,6 +295,12 @@ class _Printer:
         for name, values in figures.items():
             cells = [value.rjust(column) for value, column in zip(values, columns, strict=True)]
             self.line("  ".join([f"  {name:<{width}}", *cells]))
+
+
+def _num_trained(row: Row | list[Group]) -> int:
+    if isinstance(row, Row):
+        return int((row.targets >= 0).sum())
+    return sum(int(learnt.sum()) for group in row for learnt in group.learnt)
 
 
 def _share(half: SourceRows) -> str:

@@ -5,7 +5,7 @@ row's end, as one more document that counts for nothing.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +50,9 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> Any:
+        """What the collator of the rows takes: a `Row`, or the groups of one."""
+        ...
 
     def lengths(self, indices: Int64Array) -> Int64Array:
         """Tokens in each of these rows, padding not counted; no token is read."""

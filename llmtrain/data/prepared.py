@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtrain.data.cache import TRAIN, VALIDATION, Halves, TokenCorpus, tokenised
 from llmtrain.data.documents import Documents, documents_of
-from llmtrain.data.formats import read_examples
+from llmtrain.data.group_rows import GroupPlan, GroupRows, GroupSettings, Layout, plan_groups
 from llmtrain.data.hashing import hash_settings
 from llmtrain.data.packing import PackedRows, PlannedRows, RowPlan, Rows
 from llmtrain.data.row_plan import PlanSettings, RowCounts, plan_rows, plan_stream
 from llmtrain.data.sources import describe
 from llmtrain.data.tokenizer import pad_id
 from llmtrain.errors import InputError
-from llmtrain.recipe.schema import DIFFUSION, Data, Recipe, Source
+from llmtrain.recipe.schema import DIFFUSION, KTO, Data, Recipe, Source
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +29,23 @@ class SourceRows:
 
     Attributes:
         key: of the source in the recipe.
+        documents: read the source.
         plan: what is in each row; None for packing documents, where rows are cut from the stream.
         counts: what became of the documents; None where every token of every one is in a row and trained.
         num_duplicates: documents of the source, in either half, that were there before and are left out.
+        nothing_to_learn: documents of the source that were left out before it was halved: why, how many, the first;
+            told of the training half.
     """
 
     key: str
     source: Source
+    documents: Documents[Any]
     corpus: TokenCorpus
     rows: Rows
-    plan: RowPlan | None
+    plan: RowPlan | GroupPlan | None
     counts: RowCounts | None
     num_duplicates: int
+    nothing_to_learn: dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,19 @@ def plan_settings(recipe: Recipe) -> PlanSettings:
     """How the recipe's documents become rows."""
     lookahead: Literal[0, 1] = 0 if isinstance(recipe.algorithm, DIFFUSION) else 1
     return PlanSettings(recipe.packing, recipe.overflow, recipe.sequence_length, lookahead)
+
+
+def group_settings(recipe: Recipe) -> GroupSettings:
+    """How the recipe's groups of answers become rows."""
+    packing: Literal["best_fit", "none"] = "none" if recipe.packing == "none" else "best_fit"
+    return GroupSettings(packing, group_layout(recipe), recipe.sequence_length, isinstance(recipe.algorithm, KTO))
+
+
+def group_layout(recipe: Recipe) -> Layout:
+    """How the answers of a group stand in a row."""
+    if recipe.shares_prompts:
+        return "shared"
+    return "padded" if recipe.packing == "none" else "separate"
 
 
 def held_out_fraction(data: Data) -> float:
@@ -76,7 +94,7 @@ def prepare_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache_di
     def halves_of(sources: Sequence[Source], held_out: float) -> list[Halves]:
         return [tokenised(source, documents, held_out, cache_dir, data.deduplicate) for source in sources]
 
-    def rows(key: str, source: Source, halves: Halves, half: str) -> SourceRows:
+    def rows(key: str, source: Source, halves: Halves, half: str, offset: int) -> SourceRows:
         corpus = halves.train if half == TRAIN else halves.validation
         length, pad, name = recipe.sequence_length, pad_id(tokenizer), f"{halves.key} {half}"
         if settings.packing == "documents":
@@ -84,29 +102,42 @@ def prepare_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache_di
             if corpus.trained is not None:
                 starts, counts = plan_stream(corpus, name, settings, cache_dir)
             packed = PackedRows(corpus, length, pad, starts)
-            return SourceRows(key, source, corpus, packed, None, counts, halves.num_duplicates)
+            return SourceRows(key, source, documents, corpus, packed, None, counts, halves.num_duplicates, {})
+        ragged, left_out = settings.packing == "none", halves.nothing_to_learn if half == TRAIN else {}
+        if corpus.judged is not None:
+            of_groups, counts = plan_groups(corpus, name, group_settings(recipe), cache_dir)
+            groups = GroupRows(corpus, of_groups, ragged, offset)
+            return SourceRows(
+                key, source, documents, corpus, groups, of_groups, counts, halves.num_duplicates, left_out
+            )
         plan, counts = plan_rows(corpus, name, settings, cache_dir)
-        planned = PlannedRows(corpus, plan, length, pad, ragged=settings.packing == "none")
-        return SourceRows(key, source, corpus, planned, plan, counts, halves.num_duplicates)
+        planned = PlannedRows(corpus, plan, length, pad, ragged)
+        return SourceRows(key, source, documents, corpus, planned, plan, counts, halves.num_duplicates, left_out)
+
+    def numbered(keys: str, sources: Sequence[Source], halves: Sequence[Halves], half: str) -> list[SourceRows]:
+        made, offset = [], 0
+        for number, (source, of_source) in enumerate(zip(sources, halves, strict=True)):
+            made.append(rows(f"{keys}.{number}", source, of_source, half, offset))
+            judged = made[-1].corpus.judged
+            offset += 0 if judged is None else len(judged.values)
+        return made
 
     held_out = held_out_fraction(data)
     halves = halves_of(data.train, held_out)
     _check_training_half(data, halves)
-    train = [rows(f"data.train.{i}", data.train[i], half, TRAIN) for i, half in enumerate(halves)]
+    train = numbered("data.train", data.train, halves, TRAIN)
     # What beside the text decides which rows stand where.
-    how = [settings.packing, settings.overflow, data.group_by_length, data.temperature]
+    how = [settings.packing, settings.overflow, data.group_by_length, data.temperature, recipe.shares_prompts]
     fingerprint = {"data.train": hash_settings([*(half.key for half in halves), how])}
     if data.validation is not None:
         others = halves_of(data.validation, 0.0)
-        validation = [rows(f"data.validation.{i}", data.validation[i], half, TRAIN) for i, half in enumerate(others)]
-        fingerprint["data.validation"] = hash_settings([*(half.key for half in others), how[:2]])
+        validation = numbered("data.validation", data.validation, others, TRAIN)
+        whole = [*how[:2], recipe.shares_prompts]
+        fingerprint["data.validation"] = hash_settings([*(half.key for half in others), whole])
     else:
         _check_held_out_half(halves, held_out)
-        validation = [
-            rows(f"data.train.{i}", data.train[i], half, VALIDATION)
-            for i, half in enumerate(halves)
-            if half.validation.num_documents
-        ]
+        held = numbered("data.train", data.train, halves, VALIDATION)
+        validation = [half for half in held if half.corpus.num_documents]
     return Prepared(documents, train, validation, fingerprint)
 
 
@@ -134,6 +165,9 @@ def _check_held_out_half(halves: list[Halves], held_out: float) -> None:
 def check_trained(half: SourceRows, recipe: Recipe) -> None:
     """Raises InputError where more documents than data.max_empty_share have no trained token."""
     counts = half.counts
+    if half.corpus.judged is not None:
+        check_groups(half, recipe)
+        return
     if counts is None or not counts.num_empty:
         return
     share = counts.num_empty / counts.num_documents
@@ -166,8 +200,12 @@ def place_of(half: SourceRows, document: int | None) -> str:
     assert document is not None
     if half.corpus.numbers is None:
         return f"document {document + 1}"
-    number = int(half.corpus.numbers[document])
-    example = next(islice(read_examples(half.source), number, None), None)
+    return place_of_example(half, int(half.corpus.numbers[document]))
+
+
+def place_of_example(half: SourceRows, number: int) -> str:
+    """Where an example of the source comes from, by its number."""
+    example = next(islice(half.documents.read(half.source), number, None), None)
     return f"example {number + 1}" if example is None else example.where
 
 
@@ -175,6 +213,9 @@ def report(half: SourceRows, recipe: Recipe) -> None:
     """Logs what became of the documents, as warnings where something is lost."""
     counts, length = half.counts, recipe.sequence_length
     if counts is None or not counts.num_documents:
+        return
+    if half.corpus.judged is not None:
+        report_groups(half, counts, length)
         return
     what, all_of = describe(half.source), f"{counts.num_documents:,} documents"
     if counts.num_truncated:
@@ -213,3 +254,50 @@ def efficiency(half: SourceRows, sequence_length: int) -> float:
     slots = len(half.rows) * sequence_length
     num = half.corpus.num_tokens if half.counts is None else half.counts.num_tokens
     return num / slots if slots else 0.0
+
+
+def check_groups(half: SourceRows, recipe: Recipe) -> None:
+    """Raises InputError where more groups of answers than data.max_empty_share teach nothing."""
+    counts = half.counts
+    assert counts is not None
+    nothing = {f"{num:,}: {why}": first for why, (num, first) in half.nothing_to_learn.items()}
+    num_nothing = sum(num for num, _ in half.nothing_to_learn.values())
+    num, num_all = counts.num_cut_off + num_nothing, counts.num_documents + num_nothing
+    if not num or (num / num_all <= recipe.data.max_empty_share and len(half.rows)):
+        return
+    reasons, remedies = list(nothing), ["leave them out of the data"] if nothing else []
+    # Of one source they have a mismatch all, or none.
+    if counts.num_cut_off and counts.longest <= recipe.sequence_length:
+        reasons.append(f"{counts.num_cut_off:,}: there is no other prompt whose answer a mismatch could be made of")
+        remedies.append(
+            f"give answers to other prompts{', or hold out more' if held_out_fraction(recipe.data) else ''}"
+        )
+    elif counts.num_cut_off:
+        reasons.append(f"{counts.num_cut_off:,} do not fit in a row of {recipe.sequence_length} tokens")
+        remedies.append(f"raise sequence_length (the longest takes {counts.longest:,})")
+    first = next(iter(nothing.values()), None)
+    place = place_of_example(half, first) if first is not None else place_of(half, counts.first_empty)
+    raise InputError(
+        f"{num:,} of {num_all:,} groups of answers of {describe(half.source)} ({num / num_all:.1%}) teach nothing "
+        f"({'; '.join(reasons)}); data.max_empty_share is {recipe.data.max_empty_share:g}; the first is {place}",
+        where=half.key,
+        remedy="; ".join([*remedies, *(["or raise data.max_empty_share"] if len(half.rows) else [])]),
+    )
+
+
+def report_groups(half: SourceRows, counts: RowCounts, length: int) -> None:
+    """Logs what became of groups of answers."""
+    what = describe(half.source)
+    for why, (num, first) in half.nothing_to_learn.items():
+        text = "%s: %s groups of answers were left out: %s; the first is %s"
+        log.warning(text, what, f"{num:,}", why, place_of_example(half, first))
+    if counts.num_cut_off:
+        text = "%s: %s of %s groups of answers do not fit in a row of %d tokens and were left out"
+        log.warning(text, what, f"{counts.num_cut_off:,}", f"{counts.num_documents:,}", length)
+    log.info(
+        "%s: %s groups of answers in %s rows, %.1f%% of whose slots hold tokens",
+        what,
+        f"{counts.num_documents - counts.num_cut_off:,}",
+        f"{len(half.rows):,}",
+        100 * efficiency(half, length),
+    )

@@ -112,8 +112,8 @@ class DeepSpeedEngine:
         return StepResult(grad_norm, applied)
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Every rank runs the same number of forwards in here: stage 3 gathers weights in each."""
+    def evaluating(self, averaged: bool = True) -> Iterator[None]:
+        """Every rank runs the same number of forwards in here: stage 3 gathers weights in each. There is no EMA."""
         self._engine.eval()
         try:
             with torch.no_grad():

@@ -210,7 +210,7 @@ def materialise(
 def _gather_together(deepspeed: ModuleType, blueprint: Blueprint) -> None:
     """Tells ZeRO-3 of weights that are read outside of the module that holds them."""
     decoder = blueprint.decoder
-    embedding, head = decoder.hf.get_input_embeddings(), decoder.hf.get_output_embeddings()
+    embedding, head = decoder.hf.get_input_embeddings(), decoder.head
     # Losses use the head's weight without calling the head. Said now, or DeepSpeed finds out in some
     # forward, and the order of gathers that it has recorded is no longer true.
     external = set(head.parameters())

@@ -106,9 +106,9 @@ class FSDPEngine:
         return StepResult(grad_norm, applied)
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self, averaged: bool = True) -> Iterator[None]:
         self.model.eval()
-        average = nullcontext() if self._averaged is None else self._averaged.swapped_in()
+        average = self._averaged.swapped_in() if averaged and self._averaged is not None else nullcontext()
         try:
             precision = forward_precision(self._precision, self.device)
             with average, self._sharded.gathered_afresh(), torch.no_grad(), precision:

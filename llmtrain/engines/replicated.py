@@ -90,9 +90,9 @@ class ReplicatedEngine:
         return StepResult(grad_norm, applied)
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self, averaged: bool = True) -> Iterator[None]:
         self.model.eval()
-        average = nullcontext() if self._averaged is None else self._averaged.swapped_in()
+        average = self._averaged.swapped_in() if averaged and self._averaged is not None else nullcontext()
         try:
             with average, torch.no_grad(), forward_precision(self._precision, self.device):
                 yield

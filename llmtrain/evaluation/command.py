@@ -2,29 +2,35 @@
 
 import json
 import math
-import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+import typer
 
 from llmtrain import __version__
-from llmtrain.errors import InputError, TrainingError
-from llmtrain.evaluation import choices, harness, perplexity, questions
-from llmtrain.evaluation.figures import Figure
+from llmtrain.directories import new_file
+from llmtrain.errors import InputError
+from llmtrain.evaluation import choices, harness, pairs, perplexity, questions, steps
+from llmtrain.evaluation.figures import Figure, Measured
 from llmtrain.evaluation.tasks import (
+    SCORED,
     ExactMatch,
     LMEval,
     LoadedTask,
     Math,
     MultipleChoice,
+    Pairs,
     Perplexity,
+    Steps,
     load_task,
 )
-from llmtrain.models.saved import Saved
+from llmtrain.models.saved import Location, Saved
 from llmtrain.recipe.problems import Problem, RecipeError
 from llmtrain.sampling.command import ModelChoice
 from llmtrain.tables import print_table
@@ -49,11 +55,17 @@ class Options:
     batch_tokens: int = 8192
 
 
+class _Model(NamedTuple):
+    """A model: what is said of it in results, and how a task is run on it."""
+
+    about: dict[str, Any]
+    run: Callable[[LoadedTask], Measured]
+
+
 @dataclass(frozen=True)
 class _Result:
     loaded: LoadedTask
-    figures: dict[str, Figure]
-    records: list[dict[str, Any]]
+    measured: Measured
     seconds: float
 
 
@@ -68,18 +80,16 @@ def evaluate(choice: ModelChoice, files: Sequence[Path], options: Options) -> in
     for path, where in ((options.output, "--output"), (options.samples, "--samples")):
         if path is not None and not path.parent.is_dir():
             raise InputError(f"no such directory: {path.parent}", where=where, remedy="make it first")
-    saved = choice.load()
-    generation_config = saved.decoder.generation_config  # each task begins from the model's own
+    model = (_scoring if _are_scored(tasks) else _writing_texts)(choice, options)
     results = []
     try:
         for loaded in tasks:
             started = time.monotonic()
-            saved.decoder.generation_config = generation_config
-            figures, records = _run(loaded, saved, options)
-            results.append(_Result(loaded, figures, records, time.monotonic() - started))
+            measured = model.run(loaded)
+            results.append(_Result(loaded, measured, time.monotonic() - started))
     finally:
         if results:
-            _write(results, saved, options)
+            _write(results, model.about, options)
     _show(results)
     return 0
 
@@ -104,6 +114,62 @@ def _load(files: Sequence[Path]) -> list[LoadedTask]:
     return tasks
 
 
+def _are_scored(tasks: Sequence[LoadedTask]) -> bool:
+    """Whether the tasks are for a reward model.
+
+    Raises:
+        InputError: some are, and others are not.
+    """
+    scored = [task for task in tasks if isinstance(task.task, SCORED)]
+    others = [task for task in tasks if not isinstance(task.task, SCORED)]
+    if scored and others:
+        raise InputError(
+            f"{scored[0].name} (kind {scored[0].task.kind}) is for reward models, and {others[0].name} (kind "
+            f"{others[0].task.kind}) for language models",
+            where=scored[0].where("kind"),
+            remedy="evaluate them by two commands, each with a model of its own",
+        )
+    return bool(scored)
+
+
+def _writing_texts(choice: ModelChoice, options: Options) -> _Model:
+    """A language model."""
+    saved = choice.load()
+    generation_config = saved.decoder.generation_config  # each task begins from the model's own
+
+    def run(loaded: LoadedTask) -> Measured:
+        saved.decoder.generation_config = generation_config
+        figures, records = _run(loaded, saved, options)
+        return Measured(figures, records, {})
+
+    about = _about(saved.location, saved.decoder.dtype, saved.device)
+    return _Model(about if saved.diffusion is None else {**about, "diffusion": asdict(saved.diffusion)}, run)
+
+
+def _scoring(choice: ModelChoice, options: Options) -> _Model:
+    """A reward model."""
+    scorer = choice.load_scorer()
+
+    def run(loaded: LoadedTask) -> Measured:
+        match loaded.task:
+            case Pairs() as task:
+                return pairs.measure(loaded, task, scorer, options.limit, options.batch_tokens)
+            case Steps() as task:
+                return steps.measure(loaded, task, scorer, options.limit, options.batch_tokens)
+        raise AssertionError(f"{loaded.task.kind} is for language models")
+
+    return _Model({**_about(scorer.location, scorer.dtype, scorer.device), "reward": asdict(scorer.reward)}, run)
+
+
+def _about(location: Location, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    return {
+        "model": location.path,
+        "base": location.base,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+    }
+
+
 def _run(loaded: LoadedTask, saved: Saved, options: Options) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
     match loaded.task:
         case Perplexity() as task:
@@ -114,10 +180,33 @@ def _run(loaded: LoadedTask, saved: Saved, options: Options) -> tuple[dict[str, 
             return choices.ask(loaded, task, saved, options.limit, options.batch_tokens)
         case LMEval() as task:
             return harness.run(loaded, task, saved, options.limit)
+    raise AssertionError(f"{loaded.task.kind} is for reward models")
 
 
 def _show(results: Sequence[_Result]) -> None:
-    figures = [(result.loaded.name, name, figure) for result in results for name, figure in result.figures.items()]
+    _show_figures(results)
+    bins = [(result.loaded.name, one) for result in results for one in result.measured.details.get("reliability", [])]
+    if not bins or not sys.stdout.isatty():  # what reads a pipe finds them in --output
+        return
+    typer.echo()
+    header = ("task", "confidence", "mean", "accuracy", "count")
+    rows = [
+        (
+            name,
+            f"{one['low']:.2f} to {one['high']:.2f}",
+            f"{one['confidence']:.3f}",
+            f"{one['accuracy']:.3f}",
+            str(one["count"]),
+        )
+        for name, one in bins
+    ]
+    print_table(header, rows, right=header[2:])
+
+
+def _show_figures(results: Sequence[_Result]) -> None:
+    figures = [
+        (result.loaded.name, name, figure) for result in results for name, figure in result.measured.figures.items()
+    ]
     rows = [(task, name, *_numbers(figure)) for task, name, figure in figures]
     if not any(figure.note for _, _, figure in figures):
         print_table(_HEADER, rows, right=_HEADER[2:])
@@ -131,33 +220,29 @@ def _numbers(figure: Figure) -> tuple[str, str, str]:
     return f"{figure.value:.4g}", error, str(figure.rows)
 
 
-def _write(results: Sequence[_Result], saved: Saved, options: Options) -> None:
+def _write(results: Sequence[_Result], about: dict[str, Any], options: Options) -> None:
     if options.output is not None:
-        with _writing(options.output) as aside:
-            aside.write_text(json.dumps(_summary(results, saved, options), indent=2) + "\n", encoding="utf-8")
+        with new_file(options.output) as aside:
+            aside.write_text(json.dumps(_summary(results, about, options), indent=2) + "\n", encoding="utf-8")
     if options.samples is not None:
-        with _writing(options.samples) as aside, aside.open("w", encoding="utf-8") as file:
+        with new_file(options.samples) as aside, aside.open("w", encoding="utf-8") as file:
             for result in results:
-                for record in result.records:
+                for record in result.measured.records:
                     entry = {"task": result.loaded.name, **record}
                     file.write(json.dumps(entry, ensure_ascii=False, default=str) + "\n")
 
 
-def _summary(results: Sequence[_Result], saved: Saved, options: Options) -> dict[str, Any]:
-    location = saved.location
+def _summary(results: Sequence[_Result], about: dict[str, Any], options: Options) -> dict[str, Any]:
     return {
-        "model": location.path,
-        "base": location.base,
-        "dtype": str(saved.decoder.dtype).removeprefix("torch."),
-        "device": str(saved.device),
-        **({} if saved.diffusion is None else {"diffusion": asdict(saved.diffusion)}),
+        **about,
         "limit": options.limit,
         "versions": {"llmtrain": __version__, **{name: version(name) for name in ("torch", "transformers")}},
         "tasks": {
             result.loaded.name: {
                 "file": str(result.loaded.file),
                 "settings": result.loaded.task.model_dump(),
-                "figures": {name: _plain(figure) for name, figure in result.figures.items()},
+                "figures": {name: _plain(figure) for name, figure in result.measured.figures.items()},
+                **result.measured.details,
                 "seconds": round(result.seconds, 3),
             }
             for result in results
@@ -173,18 +258,3 @@ def _plain(figure: Figure) -> dict[str, float | int | str | None]:
         "rows": figure.rows,
     }
     return {**plain, "note": figure.note} if figure.note else plain
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` when it is whole."""
-    aside = path.with_name(f".writing-{path.name}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    except OSError as error:
-        raise TrainingError(
-            f"{path} cannot be written: {error.strerror}\n  remedy: make room, or name another file"
-        ) from None
-    finally:
-        aside.unlink(missing_ok=True)

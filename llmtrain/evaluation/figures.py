@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,19 @@ class Figure(NamedTuple):
     stderr: float | None
     rows: int
     note: str = ""
+
+
+class Measured(NamedTuple):
+    """What came of a task.
+
+    Attributes:
+        records: a row of the data each.
+        details: what is no single figure, as JSON has it.
+    """
+
+    figures: dict[str, Figure]
+    records: list[dict[str, Any]]
+    details: dict[str, Any]
 
 
 def mean(values: Sequence[float]) -> Figure:
@@ -41,6 +54,29 @@ def ratio(sums: Sequence[float], weights: Sequence[float]) -> Figure:
     residuals = s - value * w
     error = math.sqrt(len(s) / (len(s) - 1) * float((residuals**2).sum())) / float(w.sum())
     return Figure(value, error, len(s))
+
+
+def wilson(figure: Figure, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval (1927) of a share of rows, which holds near 0 and 1 as well, and for few rows."""
+    share, n = figure.value, figure.rows
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def auc(positive: Sequence[float], negative: Sequence[float]) -> Figure:
+    """The probability that a positive's score is above a negative's, ties half; its error is DeLong's (1988)."""
+    p, n = np.sort(np.asarray(positive, dtype=np.float64)), np.sort(np.asarray(negative, dtype=np.float64))
+
+    def below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Of each value the share of the others that lie below it."""
+        return (np.searchsorted(others, values, "left") + np.searchsorted(others, values, "right")) / (2 * len(others))
+
+    of_positives, of_negatives = below(p, n), 1 - below(n, p)
+    error = None
+    if min(len(p), len(n)) > 1:
+        error = math.sqrt(of_positives.var(ddof=1) / len(p) + of_negatives.var(ddof=1) / len(n))
+    return Figure(float(of_positives.mean()), error, len(p) + len(n))
 
 
 def exponential(figure: Figure) -> Figure:

@@ -22,12 +22,22 @@ Task = ExactMatch | Math
 
 
 @dataclass(frozen=True)
-class _Question:
-    """A row as it is asked: token ids, the text or messages that they stand for, the right answers."""
+class Question:
+    """A row as it is asked.
+
+    Attributes:
+        ids: the prompt's tokens.
+        shown: the text or messages that they stand for.
+        right: the right answers.
+        is_right: whether an answer, as `answer_in` finds it, is one of them.
+        row: where it comes from.
+    """
 
     ids: list[int]
-    shown: Any
+    shown: str | list[Any]
     right: list[str]
+    is_right: Callable[[str], bool]
+    row: Record
 
 
 def ask(
@@ -38,23 +48,64 @@ def ask(
     Raises:
         InputError: a file or a row is wrong, or a prompt does not fit the model.
     """
-    with loaded.errors_located("data"):
-        rows = read_rows(loaded.beside(task.data), loaded.where("data"))[:limit]
-    examples = read_examples(loaded, task)
-    questions = [_question(loaded, task, saved, row, examples) for row in rows]
-    correct = [_scorer(loaded, task, question.right) for question in questions]
+    questions = read_questions(loaded, task, saved, limit)
     sampling = Sampling(task.max_new_tokens, task.temperature, task.top_p, task.seed, tuple(task.stop))
-    generator = _generator(loaded, task, saved, sampling, batch_tokens)
-    lengths = [len(question.ids) for question in questions]
-    check_all_fit(saved, rows, lengths, [generator.fits(question.ids) for question in questions], "prompts")
+    generator = generator_for(loaded, task, saved, sampling, batch_tokens)
+    check_questions_fit(saved, questions, generator)
     answers = _answers(loaded, task, generator, questions)
-    records = [
-        _record(task, index, question, answers[index], correct[index]) for index, question in enumerate(questions)
-    ]
+    records = [_record(task, index, question, answers[index]) for index, question in enumerate(questions)]
     return _figures(task, records), records
 
 
-def _generator(loaded: LoadedTask, task: Task, saved: Saved, sampling: Sampling, batch_tokens: int) -> Generator:
+def read_questions(
+    loaded: LoadedTask, task: Task, saved: Saved, limit: int | None = None, answered: bool = True
+) -> list[Question]:
+    """The rows of a task, as this model is asked them.
+
+    Args:
+        limit: only the first so many.
+        answered: each has a right answer; else the rows may lack it, and no answer is right.
+
+    Raises:
+        InputError: a file or a row is wrong.
+    """
+    with loaded.errors_located("data"):
+        rows = read_rows(loaded.beside(task.data), loaded.where("data"))[:limit]
+    examples = read_examples(loaded, task)
+    return [_question(loaded, task, saved, row, examples, answered) for row in rows]
+
+
+def check_questions_fit(saved: Saved, questions: Sequence[Question], generator: Generator) -> None:
+    """Raises InputError where a prompt leaves the model no room for an answer."""
+    rows, lengths = [question.row for question in questions], [len(question.ids) for question in questions]
+    check_all_fit(saved, rows, lengths, [generator.fits(question.ids) for question in questions], "prompts")
+
+
+def answer_in(task: Task, text: str) -> str | None:
+    """The answer in what the model said; None where it gave none."""
+    if task.extract is None and isinstance(task, Math):
+        return find_mathematics(text)
+    return find(text, task.extract, task.match)
+
+
+def comparison(loaded: LoadedTask, task: Task, right: Sequence[str]) -> Callable[[str], bool]:
+    """Whether an answer is one of these, as the task compares answers.
+
+    Raises:
+        InputError: math-verify is wanted and not installed.
+    """
+    if isinstance(task, ExactMatch):
+        return equals(right, task.normalize)
+    with loaded.errors_located("kind"):
+        return mathematically_equals(right)
+
+
+def generator_for(loaded: LoadedTask, task: Task, saved: Saved, sampling: Sampling, batch_tokens: int) -> Generator:
+    """What answers as the task says that this model, autoregressive or diffusion, shall write.
+
+    Raises:
+        InputError: the task's key `diffusion` does not fit the model.
+    """
     asked = Asked() if task.diffusion is None or saved.diffusion is None else Asked(**task.diffusion.model_dump())
     try:
         return text_generator(saved, sampling, asked, batch_tokens)
@@ -68,7 +119,7 @@ def _generator(loaded: LoadedTask, task: Task, saved: Saved, sampling: Sampling,
 
 
 def _answers(
-    loaded: LoadedTask, task: Task, generator: Generator, questions: Sequence[_Question]
+    loaded: LoadedTask, task: Task, generator: Generator, questions: Sequence[Question]
 ) -> list[list[Completion]]:
     requests = [
         Request(question.ids, index, sample)
@@ -86,21 +137,16 @@ def _answers(
     return [[answers[index, sample] for sample in range(task.samples)] for index in range(len(questions))]
 
 
-def _record(
-    task: Task, index: int, question: _Question, completions: Sequence[Completion], correct: Callable[[str], bool]
-) -> dict[str, Any]:
+def _record(task: Task, index: int, question: Question, completions: Sequence[Completion]) -> dict[str, Any]:
     said = []
     for completion in completions:
-        if task.extract is None and isinstance(task, Math):
-            answer = find_mathematics(completion.text)
-        else:
-            answer = find(completion.text, task.extract, task.match)
+        answer = answer_in(task, completion.text)
         entry = {
             "text": completion.text,
             "finish_reason": completion.finish,
             "tokens": len(completion.ids),
             "answer": answer,
-            "correct": answer is not None and correct(answer),
+            "correct": answer is not None and question.is_right(answer),
         }
         if task.format is not None:
             entry["format"] = re.fullmatch(task.format, completion.text, re.DOTALL) is not None
@@ -127,17 +173,16 @@ def _figures(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Figu
     return figures
 
 
-def _scorer(loaded: LoadedTask, task: Task, right: Sequence[str]) -> Callable[[str], bool]:
-    if isinstance(task, ExactMatch):
-        return equals(right, task.normalize)
-    with loaded.errors_located("kind"):
-        return mathematically_equals(right)
-
-
-def _question(loaded: LoadedTask, task: Task, saved: Saved, row: Record, examples: Sequence[Record]) -> _Question:
-    right = _right_answers(loaded, task, row)
+def _question(
+    loaded: LoadedTask, task: Task, saved: Saved, row: Record, examples: Sequence[Record], answered: bool
+) -> Question:
+    right = _right_answers(loaded, task, row) if answered else []
     asked = ask_about(loaded, task, saved, row, examples, lambda example: _target(loaded, task, example))
-    return _Question(asked.ids, asked.shown, right)
+    return Question(asked.ids, asked.shown, right, comparison(loaded, task, right) if right else _never, row)
+
+
+def _never(answer: str) -> bool:
+    return False
 
 
 def _target(loaded: LoadedTask, task: Task, row: Record) -> str:

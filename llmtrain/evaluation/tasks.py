@@ -256,7 +256,35 @@ class LMEval(TaskOptions):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(1234, description="Of few-shot examples and sampling.")
 
 
-AnyTask = Perplexity | ExactMatch | Math | MultipleChoice | LMEval
+Aggregate = Annotated[
+    Literal["product", "min", "last"] | None,
+    Field(
+        description="Only for process reward models: how the probabilities that the steps are right become one of the "
+        "whole answer; default: product."
+    ),
+]
+
+
+class Pairs(TaskOptions):
+    """How often a reward model gives the better answer the higher score."""
+
+    kind: Literal["pairs"]
+    data: str = Field(
+        description="A JSONL file of preferences (chosen, rejected) or rankings (answers, ranks), relative to this one."
+    )
+    aggregate: Aggregate = None
+
+
+class Steps(TaskOptions):
+    """How well a process reward model tells right steps from wrong ones."""
+
+    kind: Literal["steps"]
+    data: str = Field(description="A JSONL file of steps with labels (completions, labels), relative to this file.")
+    aggregate: Aggregate = None
+
+
+SCORED = (Pairs, Steps)  # are for models that score, the others for those that write
+AnyTask = Perplexity | ExactMatch | Math | MultipleChoice | LMEval | Pairs | Steps
 Task = Annotated[AnyTask, Field(discriminator="kind")]
 _ADAPTER: TypeAdapter[AnyTask] = TypeAdapter(Task)
 

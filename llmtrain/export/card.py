@@ -10,6 +10,7 @@ import yaml
 from llmtrain import __version__
 from llmtrain.data.sources import describe
 from llmtrain.errors import InputError
+from llmtrain.export.scoring import Scoring, how_to_score
 from llmtrain.models.diffusion import Diffusion
 from llmtrain.models.saved import Location
 from llmtrain.models.weights import BELOW
@@ -23,7 +24,14 @@ _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
 def card(
-    location: Location, name: str, dtype: str, command: str, *, merged: bool, diffusion: Diffusion | None = None
+    location: Location,
+    name: str,
+    dtype: str,
+    command: str,
+    *,
+    merged: bool,
+    diffusion: Diffusion | None = None,
+    scoring: Scoring | None = None,
 ) -> str:
     """README.md of an exported model.
 
@@ -34,6 +42,7 @@ def card(
         command: that exported it.
         merged: an adapter's weights are in its base's now.
         diffusion: how it is sampled, where it is no autoregressive model.
+        scoring: how it scores, where it is no language model.
     """
     recipe = None if location.run is None else _recipe(location.run)
     base = location.base or _base(recipe)
@@ -46,20 +55,30 @@ def card(
         "base_model": _public_name(base, known),
         "license": known.get("license") or _front_matter(Path(location.path)).get("license"),
         "library_name": "peft" if adapter_alone else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-generation" if scoring is None else scoring.pipeline_tag,
         "tags": tags,
     }
     front = yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False)
-    parts = [f"---\n{front}---\n# {name}", _what(location, base, dtype, diffusion, merged=merged)]
+    parts = [f"---\n{front}---\n# {name}", _what(location, base, dtype, diffusion, scoring, merged=merged)]
     if diffusion is not None:
         parts.append(_sampling(diffusion, name))
+    if scoring is not None:
+        parts.append(how_to_score(scoring, name, is_adapter=adapter_alone))
     if location.run is not None and recipe is not None:
         parts += _training(location.run, recipe)
     parts.append(f"## Made by\n\nllmtrain {__version__}:\n\n```\n{command}\n```")
     return "\n\n".join(parts) + "\n"
 
 
-def _what(location: Location, base: str | None, dtype: str, diffusion: Diffusion | None, *, merged: bool) -> str:
+def _what(
+    location: Location,
+    base: str | None,
+    dtype: str,
+    diffusion: Diffusion | None,
+    scoring: Scoring | None,
+    *,
+    merged: bool,
+) -> str:
     if merged:
         text = f"An adapter merged into its base model {base}; the merged logits were compared with the two apart."
     elif location.is_adapter:
@@ -67,8 +86,10 @@ def _what(location: Location, base: str | None, dtype: str, diffusion: Diffusion
         if any(Path(location.path).glob(f"{BELOW}*")):
             text += f" It was trained on that model with the adapters in {BELOW}0, ... merged into it, in this order."
     else:
-        kind = "causal" if diffusion is None else "diffusion"
-        text = f"A {kind} language model" + (f", trained from {base}." if base else ".")
+        what = "A causal language model" if diffusion is None else "A diffusion language model"
+        if scoring is not None:
+            what = scoring.head.what.capitalize()
+        text = what + (f", trained from {base}." if base else ".")
     return f"{text} Weights: {dtype}, safetensors."
 
 

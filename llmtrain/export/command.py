@@ -13,16 +13,19 @@ import typer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtrain.directories import check_new, new_directory
 from llmtrain.errors import InputError, TrainingError
 from llmtrain.export.card import card
+from llmtrain.export.scoring import Scoring
 from llmtrain.models.diffusion import save_diffusion
-from llmtrain.models.hub import known_diffusion, load_weights, open_config
+from llmtrain.models.heads import Head
 from llmtrain.models.llada import save_llada
+from llmtrain.models.loading import known_diffusion, load_weights, open_config
 from llmtrain.models.merging import CAST_BOUND, difference, merge, probe, probe_rows
-from llmtrain.models.saved import DTYPES, Location, Saved, load_located, locate
+from llmtrain.models.reward import known_reward, save_reward
+from llmtrain.models.saved import DTYPES, Location, Saved, head_at, load_located, locate
 from llmtrain.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BELOW
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", re.IGNORECASE)
@@ -66,17 +69,25 @@ def export(model: str, output: Path, options: Options) -> None:
     _bytes(options.max_shard_size)
     location = locate(model, options.base)
     check_new(output)
+    head = head_at(location)
+    reward = known_reward(location.path, head) if head.scores else None
+    if reward is not None and options.layout != "transformers":
+        message = f"that layout is of language models, and this is {head.what}"
+        raise InputError(message, where="--layout", remedy="leave it out")
     merged = location.is_adapter and options.merge
     if location.is_adapter and not merged and options.layout != "transformers":
         raise InputError("an adapter alone has peft's layout", where="--layout", remedy="leave out --no-merge")
     with Console(stderr=True).status(f"exporting {location.path}"), new_directory(output) as aside:
         if location.is_adapter and not merged:
-            dtype = _write_adapter(location, aside, options)
+            dtype, tokenizer = _write_adapter(location, aside, options, head)
         else:
-            dtype = _write_model(location, aside, options)
+            dtype, tokenizer = _write_model(location, aside, options, head)
+        if reward is not None:
+            save_reward(reward, aside)
         diffusion = known_diffusion(str(aside), str(aside))
         name, command = output.absolute().name, options.command(model, output)
-        text = card(location, name, dtype, command, merged=merged, diffusion=diffusion)
+        scoring = None if reward is None else Scoring(reward, head, tokenizer)
+        text = card(location, name, dtype, command, merged=merged, diffusion=diffusion, scoring=scoring)
         (aside / "README.md").write_text(text, encoding="utf-8")
     typer.echo(f"{output}: {'merged, ' if merged else ''}{dtype}; what it is stands in its README.md")
 
@@ -88,11 +99,13 @@ def _bytes(size: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMGT".index(found[2].upper())))
 
 
-def _write_model(location: Location, directory: Path, options: Options) -> str:
-    """Writes the whole model, merged where it is an adapter; returns its dtype."""
+def _write_model(
+    location: Location, directory: Path, options: Options, head: Head
+) -> tuple[str, PreTrainedTokenizerBase]:
+    """Writes the whole model, merged where it is an adapter; returns its dtype and its tokenizer."""
     dtype = DTYPES.get(options.dtype) or _dtype_of(location.base or location.path)
     # float32, because what an update adds to a weight in bf16 is mostly rounded away
-    saved = load_located(location, dtype="float32")
+    saved = load_located(location, head=head, dtype="float32")
     diffusion = saved.diffusion
     if diffusion is not None:  # so that transformers' own forward attends both ways where ours does
         saved.decoder.config.is_causal = diffusion.process == "block"
@@ -105,16 +118,16 @@ def _write_model(location: Location, directory: Path, options: Options) -> str:
         save_llada(decoder.to(dtype), diffusion, saved.tokenizer, directory, _bytes(options.max_shard_size))
     else:
         _save(saved, decoder.to(dtype), directory, _bytes(options.max_shard_size))
-    name = str(dtype).removeprefix("torch.")
+    name, tokenizer = str(dtype).removeprefix("torch."), saved.tokenizer
     del decoder, saved  # two of them in memory are enough
-    written = load_weights(str(directory), str(directory), dtype=torch.float32)
+    written = load_weights(str(directory), str(directory), head, dtype=torch.float32)
     error = difference(probe(written, rows, diffusion), reference)
     if error > CAST_BOUND[dtype]:
         raise TrainingError(
             f"written as {name}, the model's logits differ by {error:.2g} of their size (at most {CAST_BOUND[dtype]:g} "
             "is rounding)\n  remedy: export it with --dtype float32 or bfloat16"
         )
-    return name
+    return name, tokenizer
 
 
 def _dtype_of(path: str) -> torch.dtype:
@@ -135,9 +148,11 @@ def _save_beside(saved: Saved, directory: Path) -> None:
         save_diffusion(saved.diffusion, directory)
 
 
-def _write_adapter(location: Location, directory: Path, options: Options) -> str:
-    """Writes the adapter alone, in peft's layout; returns its dtype."""
-    saved = load_located(location)  # which checks that it fits its base
+def _write_adapter(
+    location: Location, directory: Path, options: Options, head: Head
+) -> tuple[str, PreTrainedTokenizerBase]:
+    """Writes the adapter alone, in peft's layout; returns its dtype and its tokenizer."""
+    saved = load_located(location, head=head)  # which checks that it fits its base
     source = Path(location.path)
     tensors: dict[str, Tensor] = load_file(source / ADAPTER_WEIGHTS)
     if options.dtype != "auto":
@@ -154,4 +169,4 @@ def _write_adapter(location: Location, directory: Path, options: Options) -> str
     _save_beside(saved, directory)
     for below in source.glob(f"{BELOW}*"):  # adapters that it stands on, to be merged before it
         shutil.copytree(below, directory / below.name)
-    return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    return str(next(iter(tensors.values())).dtype).removeprefix("torch."), saved.tokenizer

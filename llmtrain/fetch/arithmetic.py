@@ -1,24 +1,40 @@
 """Arithmetic with worked answers in a fixed format: rows of reasoning-gym as conversations, and the task to score them.
 
-Training and held-out rows have no question in common, and no question comes twice.
+Where an answer can be worked out again there are also pairs of a right and a wrong answer, and answers with a label
+for each step (slips.py). Training and held-out rows have no question in common, and no question comes twice.
 """
 
 import json
 import logging
 import random
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import InputError
+from llmtrain.fetch.expressions import Worked, work_out
+from llmtrain.fetch.slips import Slip, slip
 
 log = logging.getLogger(__name__)
 
 INSTRUCTION = "Work it out step by step, then end with the result as <answer>result</answer>."
 _TRIES_A_ROW = 50  # questions that are drawn for one that is new, before they count as exhausted
-_TOKEN = re.compile(r"\s*(\d+|[-+*/()])")
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A question with its right answer.
+
+    Attributes:
+        steps: the lines that lead to the answer.
+        expression: what the steps work out; None where they are a text of their own.
+    """
+
+    question: str
+    steps: list[str]
+    answer: str
+    expression: str | None = None
 
 
 @dataclass(frozen=True)
@@ -27,62 +43,83 @@ class Source:
 
     Attributes:
         dataset: reasoning-gym's name of it.
-        worked: the steps to a row's answer; None where the row is no good.
+        solved: takes up a row; None where the row is no good.
         settings: of the data set: its difficulty.
     """
 
     dataset: str
-    worked: Callable[[dict[str, Any]], str | None]
+    solved: Callable[[dict[str, Any]], Solved | None]
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def _steps(row: dict[str, Any]) -> str | None:
+def _worked_out(row: dict[str, Any]) -> Solved | None:
     """One operation a line, in the order in which they are worked out."""
-    steps: list[str] = []
-    result = _Expression(row["metadata"]["expression"], steps).value()
-    return "\n".join(steps) if str(result) == row["answer"] else None
+    expression = row["metadata"]["expression"]
+    worked = work_out(expression)
+    if worked is None or str(worked.value) != row["answer"]:
+        return None
+    return Solved(row["question"], _lines(worked), row["answer"], expression)
 
 
-def _given_steps(row: dict[str, Any]) -> str | None:
+def _as_given(row: dict[str, Any]) -> Solved | None:
     """The worked solution that comes with the row."""
     text, _, answer = row["metadata"]["answer_cot"].rpartition("####")
-    return text.strip() if text.strip() and answer.strip() == row["answer"] else None
+    if not text.strip() or answer.strip() != row["answer"]:
+        return None
+    return Solved(row["question"], text.strip().split("\n"), row["answer"])
 
 
 SOURCES = {
-    "chain-sum": Source("chain_sum", _steps, dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1)),
-    "basic-arithmetic": Source("basic_arithmetic", _steps, dict(min_terms=2, max_terms=4, min_digits=1, max_digits=2)),
-    "gsm-symbolic": Source("gsm_symbolic", _given_steps),
+    "chain-sum": Source("chain_sum", _worked_out, dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1)),
+    "basic-arithmetic": Source(
+        "basic_arithmetic", _worked_out, dict(min_terms=2, max_terms=4, min_digits=1, max_digits=2)
+    ),
+    "gsm-symbolic": Source("gsm_symbolic", _as_given),
 }
 
 
 def write(source: Source, directory: Path, rows: int, test_rows: int, seed: int) -> str:
-    """Writes train.jsonl, test.jsonl and task.yaml; returns a line that says so.
+    """Writes train.jsonl, test.jsonl and a task of each, and pairs and steps where there are any; returns a line on it.
 
     Raises:
         InputError: reasoning-gym is not installed, or has fewer different questions.
     """
-    conversations = _conversations(source, rows + test_rows, seed)
+    solved = _solved(source, rows + test_rows, seed)
     # Small problems come often and are exhausted first: only a shuffle makes the two parts alike.
-    random.Random(seed).shuffle(conversations)  # noqa: S311 - no secret
-    parts = {"test.jsonl": conversations[:test_rows], "train.jsonl": conversations[test_rows:]}
-    for name, part in parts.items():
-        text = "".join(json.dumps(conversation, ensure_ascii=False) + "\n" for conversation in part)
-        (directory / name).write_text(text, encoding="utf-8")
+    random.Random(seed).shuffle(solved)  # noqa: S311 - no secret
+    parts = {"": solved[test_rows:], "test-": solved[:test_rows]}
+    _write_rows(directory / "train.jsonl", map(_conversation, parts[""]))
+    _write_rows(directory / "test.jsonl", map(_conversation, parts["test-"]))
     (directory / "task.yaml").write_text(TASK, encoding="utf-8")
-    return (
-        f"train.jsonl ({rows} rows), test.jsonl ({test_rows} rows, none of them in train), task.yaml for llmtrain eval"
-    )
+    # What is sampled to be learnt is not what is measured on.
+    (directory / "train.yaml").write_text(TASK.replace("test.jsonl", "train.jsonl"), encoding="utf-8")
+    told = [
+        f"train.jsonl ({rows} rows), test.jsonl ({test_rows} rows, none of them in train), task.yaml for llmtrain "
+        "eval, train.yaml for llmtrain rejection-sample"
+    ]
+    for prefix, part in parts.items():
+        slips = _slips(part, f"{seed}/{prefix}")
+        if slips:
+            _write_rows(directory / f"{prefix}pairs.jsonl", (_pair(*one) for one in slips))
+            _write_rows(directory / f"{prefix}steps.jsonl", (row for one in slips for row in _labelled(*one)))
+            told.append(f"{prefix}pairs.jsonl ({len(slips)} rows), {prefix}steps.jsonl ({2 * len(slips)} rows)")
+    if len(told) > 1:
+        told.append("each pair a right answer and one with a slip, each row of steps one of these with its labels")
+    return "; ".join(told)
 
 
-def _conversations(source: Source, num: int, seed: int) -> list[dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _solved(source: Source, num: int, seed: int) -> list[Solved]:
+    found: dict[str, Solved] = {}
     for row in _rows(source, num * _TRIES_A_ROW, seed):
         if row["question"] in found:
             continue
-        steps = source.worked(row)
-        if steps is not None:
-            found[row["question"]] = _conversation(row, steps)
+        solved = source.solved(row)
+        if solved is not None:
+            found[row["question"]] = solved
         if len(found) == num:
             return list(found.values())
     raise InputError(
@@ -102,74 +139,52 @@ def _rows(source: Source, num: int, seed: int) -> Iterator[dict[str, Any]]:
     yield from reasoning_gym.create_dataset(source.dataset, size=num, seed=seed, **source.settings)
 
 
-def _conversation(row: dict[str, Any], steps: str) -> dict[str, Any]:
-    messages = [
-        {"role": "user", "content": f"{row['question']}\n{INSTRUCTION}"},
-        {"role": "assistant", "content": f"{steps}\n<answer>{row['answer']}</answer>"},
-    ]
-    return {"messages": messages, "answer": row["answer"]}
+def _slips(part: Sequence[Solved], seed: str) -> list[tuple[Solved, Slip]]:
+    """The questions on which one can slip, each with a slip."""
+    chooser = random.Random(seed)  # noqa: S311 - no secret
+    found = [(solved, slip(solved.expression, chooser)) for solved in part if solved.expression is not None]
+    return [(solved, slipped) for solved, slipped in found if slipped is not None]
 
 
-class _Expression:
-    """Works out whole numbers with + - * / and brackets, noting each operation.
-
-    Only for what reasoning-gym wrote; its own solver evaluates the text as a program.
-    """
-
-    def __init__(self, text: str, steps: list[str]):
-        self._tokens: list[str] = _TOKEN.findall(text)
-        assert "".join(self._tokens) == "".join(text.split()), f"unknown characters in {text!r}"
-        self._next, self._steps = 0, steps
-
-    def value(self) -> int | None:
-        """The result; None where a division leaves a remainder."""
-        try:
-            result = self._sum()
-        except _Remainder:
-            return None
-        assert self._next == len(self._tokens)
-        return result
-
-    def _take(self, *allowed: str) -> str | None:
-        if self._next < len(self._tokens) and self._tokens[self._next] in allowed:
-            self._next += 1
-            return self._tokens[self._next - 1]
-        return None
-
-    def _sum(self) -> int:
-        left = self._product()
-        while (operator := self._take("+", "-")) is not None:
-            left = self._note(left, operator, self._product())
-        return left
-
-    def _product(self) -> int:
-        left = self._unary()
-        while (operator := self._take("*", "/")) is not None:
-            left = self._note(left, operator, self._unary())
-        return left
-
-    def _unary(self) -> int:
-        if self._take("-") is not None:
-            return -self._unary()
-        if self._take("(") is not None:
-            inner = self._sum()
-            assert self._take(")") is not None
-            return inner
-        self._next += 1
-        return int(self._tokens[self._next - 1])
-
-    def _note(self, left: int, operator: str, right: int) -> int:
-        if operator == "/" and (right == 0 or left % right):
-            raise _Remainder
-        result = {"+": left + right, "-": left - right, "*": left * right}.get(operator)
-        if result is None:
-            result = left // right
-        self._steps.append(f"{left} {operator} {right} = {result}")
-        return result
+def _lines(worked: Worked) -> list[str]:
+    return [str(operation) for operation in worked.operations]
 
 
-class _Remainder(Exception):
-    """A division that is not exact."""
+def _asked(solved: Solved) -> dict[str, str]:
+    return {"role": "user", "content": f"{solved.question}\n{INSTRUCTION}"}
+
+
+def _answered(steps: Sequence[str], answer: object) -> list[str]:
+    """An answer's lines."""
+    return [*steps, f"<answer>{answer}</answer>"]
+
+
+def _said(lines: Sequence[str]) -> dict[str, str]:
+    return {"role": "assistant", "content": "\n".join(lines)}
+
+
+def _conversation(solved: Solved) -> dict[str, Any]:
+    return {"messages": [_asked(solved), _said(_answered(solved.steps, solved.answer))], "answer": solved.answer}
+
+
+def _pair(solved: Solved, slipped: Slip) -> dict[str, Any]:
+    return {
+        "prompt": [_asked(solved)],
+        "chosen": [_said(_answered(solved.steps, solved.answer))],
+        "rejected": [_said(_answered(_lines(slipped.worked), slipped.worked.value))],
+        "answer": solved.answer,
+        "slip": slipped.kind,
+    }
+
+
+def _labelled(solved: Solved, slipped: Slip) -> Iterator[dict[str, Any]]:
+    """The right answer's steps, and the wrong one's, which are right up to the slip."""
+    asked = {"prompt": [_asked(solved)]}
+    right = _answered(solved.steps, solved.answer)
+    wrong = _answered(_lines(slipped.worked), slipped.worked.value)
+    yield asked | {"completions": right, "labels": [True] * len(right), "answer": solved.answer, "slip": None}
+    labels = [number < slipped.operation for number in range(len(wrong))]
+    yield asked | {"completions": wrong, "labels": labels, "answer": solved.answer, "slip": slipped.kind}
 
 
 TASK = r"""# Scores what follows the last user turn of each row. Run: llmtrain eval MODEL THIS_FILE

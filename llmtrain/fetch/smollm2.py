@@ -42,7 +42,7 @@ def write(directory: Path) -> str:
         from transformers import AutoModelForCausalLM
 
         from llmtrain.data.tokenizer import load_tokenizer
-        from llmtrain.models.hub import load_weights
+        from llmtrain.models.loading import load_weights
         from llmtrain.models.saving import save_pretrained
 
         tokenizer = load_tokenizer(temporary, gguf_file=gguf.name)

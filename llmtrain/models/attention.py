@@ -67,6 +67,29 @@ def block_diffusion(blocks: Tensor) -> Visible:
     return visible
 
 
+SEGMENTS_A_GROUP = 256  # numbers that a prompt and its answers take up in `shared_prompts`
+
+
+def shared_prompts(segments: Tensor) -> Visible:
+    """Answers to one prompt, behind it in a row: a token sees the prompt, and its own answer up to itself.
+
+    So each answer is computed as if it stood behind the prompt alone, where its positions go on from the
+    prompt's. Padding sees itself only: a softmax over nothing would be NaN.
+
+    Args:
+        segments: int [B, T]: of group g, from 1, g * SEGMENTS_A_GROUP for the prompt and g * SEGMENTS_A_GROUP + k
+            for answer k, from 1; 0 for padding.
+    """
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own, other = segments[row, query], segments[row, key]
+        same_group = own // SEGMENTS_A_GROUP == other // SEGMENTS_A_GROUP
+        prompt_or_own = (other % SEGMENTS_A_GROUP == 0) | (own == other)
+        return (query >= key) & same_group & prompt_or_own & ((own > 0) | (query == key))
+
+    return visible
+
+
 def coin(seeds: Tensor, share: Tensor) -> Visible:
     """Each pair is visible with probability `share`, by a hash of (seed, query, key).
 

@@ -14,6 +14,7 @@ from llmtrain.distributed import lost_ranks_told
 from llmtrain.errors import InputError
 from llmtrain.models.attention import Visible, within
 from llmtrain.models.decoder import Decoder
+from llmtrain.recipe.schema import Recipe
 
 # Twice what float32 rounding does to hidden states of order one in a deep model; a real difference
 # (a softcap, a leak) is larger by orders of magnitude. bf16 rounds at 2^-8.
@@ -56,8 +57,13 @@ class Asked:
 
 @torch.no_grad()
 def check_head(asked: Asked) -> None:
-    """Raises InputError where the model's logits are not simply its head on its hidden states, or it cannot run."""
+    """Raises InputError where the model's logits are not simply its head on its hidden states, or it cannot run.
+
+    Where transformers classifies a row as a whole, that is asked of its last token.
+    """
     ids = torch.arange(8, device=asked.device).unsqueeze(0) % asked.vocabulary
+    if ids[0, -1] == asked.decoder.hf.config.get_text_config().pad_token_id:
+        ids = ids.flip(1)  # it would take the token before
     try:
         with lost_ranks_told():  # a rank that died is no fault of the model's
             theirs = asked.model(ids, None, None).float()
@@ -71,10 +77,12 @@ def check_head(asked: Asked) -> None:
             "its default may not",
         ) from error
     ours = asked.model(ids, None, lambda hidden, head: head(hidden)).float()
-    if asked.differ(ours, theirs):
+    if asked.differ(ours[:, -theirs.shape[1] :], theirs):
         raise InputError(
             f"{asked.kind} changes its logits after the head (scaling or soft-capping), "
-            "which the chunked loss does not do",
+            "which the chunked loss does not do"
+            if asked.decoder.scoring_head is None
+            else f"{asked.kind} does not score by its head on the last layer alone",
             where="model",
             remedy="choose an architecture without it, such as llama, qwen3, mistral or olmo2",
         )
@@ -106,7 +114,10 @@ def check_attends_as_told(asked: Asked) -> None:
     other[:, 3] = (other[:, 3] + asked.vocabulary // 2) % asked.vocabulary
     document = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]], device=asked.device)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=asked.device)
-    remedy = "diffusion needs attention that takes a mask; choose a decoder such as llama, qwen3 or olmo2"
+    remedy = (
+        "diffusion and shared prompts (algorithm.share_prompts) need attention that takes a mask; choose a decoder "
+        "such as llama, qwen3 or olmo2, or share no prompts"
+    )
     try:
         with lost_ranks_told():
             before, after = (asked.hidden(tokens, positions, within(document)) for tokens in (ids, other))
@@ -144,4 +155,18 @@ def check_document_isolation(asked: Asked) -> None:
             f"{asked.kind} carries state from one packed document into the next",
             where="data.packing",
             remedy="set data.packing: none, so that each row holds one document",
+        )
+
+
+def check_shares_prompts(decoder: Decoder, recipe: Recipe) -> None:
+    """Raises InputError where answers cannot share a prompt: the model has a window that a mask would overrule."""
+    config = decoder.hf.config.to_dict()
+    windows = [config.get(name) for name in ("sliding_window", "attention_chunk_size")]
+    narrow = [window for window in windows if isinstance(window, int) and 0 < window < recipe.sequence_length]
+    if narrow and config.get("use_sliding_window", True):
+        raise InputError(
+            f"{type(decoder.hf).__name__} attends to {narrow[0]} tokens, and rows have {recipe.sequence_length}: the "
+            "mask of shared prompts would let it see more than it does when it is used",
+            where="algorithm.share_prompts",
+            remedy=f"set it to false, or sequence_length to {narrow[0]} or less",
         )

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,29 +22,45 @@ def config_field(config: PreTrainedConfig, name: str) -> Any:
 
 
 class Decoder(nn.Module):
-    """Backbone and head of a causal LM, in one forward.
+    """Backbone and head, in one forward: of a causal LM, or of a model that scores.
 
     The head runs inside this module's forward and through its own module, because FSDP and ZeRO
     gather sharded weights in a module's hooks: a head applied outside would see shards. What the
     head computes is the algorithm's business and is passed in, so that the whole logits are never
     built and every objective shares this one forward.
 
+    A dropout that transformers puts before the head of a token classification is left out.
+
+    Args:
+        hf: the transformers model.
+        head: the name of the module in it that scores; None for the head that predicts tokens.
+
     Attributes:
         hf: the transformers model.
+        scoring_head: `head`.
         prompt: what prompt learning puts before every document; data and algorithms do not see it.
         neftune_alpha: size of the noise on the embeddings in training mode (NEFTune), or None.
+        takes_positions: whether positions are told by position ids; others count tokens of the row, or have none.
     """
 
     PREFIX = "hf."  # of the transformers model's names in this module's
 
-    def __init__(self, hf: PreTrainedModel):
+    def __init__(self, hf: PreTrainedModel, head: str | None = None):
         super().__init__()
         self.hf = hf
+        self.scoring_head = head
         self.prompt: VirtualTokens | Prefix | None = None
         self.neftune_alpha: float | None = None
         # transformers isolates packed documents by restarted position ids only without a cache
         hf.config.use_cache = False
-        self._takes_positions = "position_ids" in inspect.signature(hf.base_model.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(hf.base_model.forward).parameters
+
+    @property
+    def head(self) -> nn.Linear:
+        """The module that head functions are given; it may be one of peft's around it."""
+        name = self.scoring_head
+        module: Any = self.hf.get_output_embeddings() if name is None else self.hf.get_submodule(name)
+        return cast(nn.Linear, module)
 
     def forward(
         self,
@@ -62,7 +78,8 @@ class Decoder(nn.Module):
                 attention does not look behind it. None is one document a row. Ignored by
                 architectures without positions (see `check_document_isolation`).
             head: called with hidden states [B, T, D] and the head's module. None gives the logits
-                that transformers' own forward makes of one document a row: for checks.
+                that transformers' own forward makes of one document a row, [B, T, outputs], or of the last token
+                alone, [B, 1, outputs], where it classifies the whole: for checks.
             visible: what each token attends to, where that is not what is before it in its document
                 (`models/attention.py`); `position_ids` are then positions and nothing else.
             cache: with `visible`: keys and values of the tokens before these, which it counts too. Those of
@@ -70,7 +87,8 @@ class Decoder(nn.Module):
         """
         if head is None:
             inputs, places = self._inputs(input_ids, None)
-            return _at(places, self.hf(**inputs, use_cache=False).logits)
+            logits: Tensor = self.hf(**inputs, use_cache=False).logits
+            return logits.unsqueeze(1) if logits.dim() == 2 else _at(places, logits)
         inputs, places = self._inputs(input_ids, position_ids)
         # No attention mask: with one given, transformers no longer looks at the restarts. Causal
         # attention never sees padding on the right.
@@ -83,11 +101,11 @@ class Decoder(nn.Module):
         if cache is not None:
             inputs["past_key_values"] = cache
         output = self.hf.base_model(**inputs, attention_mask=mask, use_cache=cache is not None)
-        return head(_at(places, output.last_hidden_state), self.hf.get_output_embeddings())
+        return head(_at(places, output.last_hidden_state), self.head)
 
     def _inputs(self, input_ids: Tensor, position_ids: Tensor | None) -> tuple[dict[str, Any], Tensor | None]:
         """What the transformers model is given; and where in its output the tokens are, if not where they were."""
-        positions = position_ids if self._takes_positions else None
+        positions = position_ids if self.takes_positions else None
         inputs: dict[str, Any] = {} if positions is None else {"position_ids": positions}
         if isinstance(self.prompt, Prefix):
             inputs["past_key_values"] = self.prompt(input_ids.shape[0], self.hf.dtype)
@@ -138,7 +156,7 @@ class Decoder(nn.Module):
 
     def _matrices(self) -> tuple[Tensor, Tensor]:
         """Of the embedding and of the head; of an adapter that trains single rows, what they are put into."""
-        modules = (self.hf.get_input_embeddings(), self.hf.get_output_embeddings())
+        modules = (self.hf.get_input_embeddings(), self.head)
         embedding, head = (
             m.weight if isinstance(m.weight, nn.Parameter) else max(m.parameters(), key=Tensor.numel) for m in modules
         )

@@ -4,12 +4,11 @@ It lies in diffusion.json beside the weights, whether they are a whole model or 
 Without that file a model is autoregressive.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from llmtrain.errors import InputError
+from llmtrain.models.beside import check_fields, read_beside, write_beside
 from llmtrain.recipe.schema import BlockDiffusion, Recipe, ScoreEntropy
 from llmtrain.recipe.schema import Diffusion as Settings
 
@@ -51,8 +50,7 @@ def diffusion_of(recipe: Recipe, mask_token_id: int | None) -> Diffusion | None:
 
 def save_diffusion(diffusion: Diffusion, directory: Path) -> None:
     """Writes diffusion.json."""
-    content = {"format": FORMAT, **asdict(diffusion)}
-    (directory / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_beside(directory / FILE, FORMAT, asdict(diffusion))
 
 
 def load_diffusion(directory: Path) -> Diffusion | None:
@@ -62,25 +60,13 @@ def load_diffusion(directory: Path) -> Diffusion | None:
         InputError: it is of a newer format, or holds something else.
     """
     file = directory / FILE
-    if not file.is_file():
-        return None
-    remedy = "bring the file back that was saved with the weights"
-    try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-        if content.pop("format") != FORMAT:
-            raise InputError(
-                "it is of a format that this version does not read", where=str(file), remedy="update llmtrain"
-            )
-        diffusion = Diffusion(**content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"cannot be read: {error!r}", where=str(file), remedy=remedy) from None
-    _check(diffusion, str(file), remedy)
+    diffusion = read_beside(file, FORMAT, Diffusion)
+    if diffusion is not None:
+        _check(diffusion, file)
     return diffusion
 
 
-def _check(diffusion: Diffusion, where: str, remedy: str) -> None:
+def _check(diffusion: Diffusion, file: Path) -> None:
     def is_int(value: object, least: int) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -90,7 +76,4 @@ def _check(diffusion: Diffusion, where: str, remedy: str) -> None:
         "shift": not isinstance(diffusion.shift, bool),
         "block_size": (diffusion.process == "block") != is_int(diffusion.block_size, 1),
     }
-    for field, is_wrong in wrong.items():
-        if is_wrong:
-            value = asdict(diffusion)[field]
-            raise InputError(f"{field} is {value!r}", where=where, remedy=remedy)
+    check_fields(asdict(diffusion), wrong, file)

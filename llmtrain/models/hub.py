@@ -1,4 +1,4 @@
-"""Decoders of transformers: from a config, a directory or the hub, or a GGUF file; and export."""
+"""Decoders of transformers for training: from a config, a directory or the hub, or a GGUF file."""
 
 import copy
 import logging
@@ -8,30 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils.logging import disable_progress_bar
 
 from llmtrain.data.tokenizer import num_ids
 from llmtrain.errors import InputError, nearest
 from llmtrain.models import llada
 from llmtrain.models.blueprint import Blueprint
 from llmtrain.models.decoder import Decoder, config_field
-from llmtrain.models.diffusion import FILE as DIFFUSION_FILE
-from llmtrain.models.diffusion import Diffusion, load_diffusion
+from llmtrain.models.diffusion import Diffusion
 from llmtrain.models.growth import rows_of_tokens, with_new_rows
+from llmtrain.models.heads import CAUSAL, Head, head_of
+from llmtrain.models.loading import (
+    check_kind,
+    config_fields,
+    generation_config,
+    is_llada,
+    known_diffusion,
+    load_weights,
+    open_config,
+)
 from llmtrain.models.quantised import in_four_bits
 from llmtrain.models.refusals import LOADABLE, as_input_error
 from llmtrain.models.rope import check_rope_type, rope_warnings_as_errors, stretch_rope
-from llmtrain.models.weights import cached, find_weights, is_converted
+from llmtrain.models.weights import find_weights, is_converted
 from llmtrain.recipe.schema import (
     DIFFUSION,
     SFT,
@@ -43,7 +44,6 @@ from llmtrain.recipe.schema import (
 )
 
 log = logging.getLogger(__name__)
-disable_progress_bar()  # of transformers' own loading and writing: it would tear our progress
 
 # Of the weights that are trained; the mixed precisions keep them in float32 and compute in another.
 MODEL_DTYPE = {
@@ -60,37 +60,59 @@ SET_ELSEWHERE = {"model_type": "model.architecture", "dtype": "precision"}
 def open_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_new: int = 0) -> Blueprint:
     """The recipe's model, with random weights by the recipe's seed or with its pretrained ones.
 
-    The weights come when the engine asks for them; what the recipe has wrong is said now.
+    The weights come when the engine asks for them; what the recipe has wrong is said now. Its head is that of the
+    recipe's algorithm; one that scores is drawn at random where the pretrained model has none.
 
     Args:
         num_new: how many of the tokenizer's last ids are new to the model: their rows begin as the mean of the
             others.
 
     Raises:
-        InputError: unknown architecture or config field, weights that are not there or do not fit,
-            vocabulary smaller than the tokenizer's, rows longer than the model's positions.
+        InputError: unknown architecture or config field, weights that are not there or do not fit, an architecture
+            without such a head, vocabulary smaller than the tokenizer's, rows longer than the model's positions.
     """
-    blueprint = open_other_model(recipe.model, recipe, tokenizer, num_new)
+    blueprint = _opened(recipe.model, recipe, tokenizer, num_new, head_of(recipe))
     if isinstance(recipe.algorithm, SFT):
         blueprint.decoder.neftune_alpha = recipe.algorithm.neftune_alpha
     return blueprint
 
 
-def open_other_model(spec: Model, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_new: int = 0) -> Blueprint:
-    """As `open_model`, another model than the recipe's: a critic, a reference, a teacher."""
+def open_other_model(
+    spec: Model, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, where: str = "model"
+) -> Blueprint:
+    """Another model than the recipe's, which predicts tokens: a teacher, a reference.
+
+    Args:
+        where: the recipe's key of `spec`.
+
+    Raises:
+        InputError: as `open_model`.
+    """
+    try:
+        return _opened(spec, recipe, tokenizer, 0, CAUSAL)
+    except InputError as error:
+        place = error.where or ""
+        if place == "model" or place.startswith("model."):
+            place = where + place.removeprefix("model")
+        raise InputError(error.message, where=place, remedy=error.remedy) from error
+
+
+def _opened(spec: Model, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_new: int, head: Head) -> Blueprint:
     dtype = MODEL_DTYPE[recipe.precision]
     if isinstance(spec, ModelFromConfig):
         _check_mask(None, recipe, tokenizer)
         config = _config_from_fields(spec, tokenizer, recipe.sequence_length)
+        head.check(config, "model.architecture")
+        head.configure(config, tokenizer)
         _check_fit(config, tokenizer, recipe, num_new=0)
-        blueprint = _random(config, dtype, recipe.seed, spec.attention)
+        blueprint = _random(config, dtype, recipe.seed, spec.attention, head)
     elif isinstance(spec, ModelFromPretrained):
-        blueprint = _pretrained(spec, dtype, recipe, tokenizer, num_new)
+        blueprint = _pretrained(spec, dtype, recipe, tokenizer, num_new, head)
     else:
         _check_mask(None, recipe, tokenizer)
-        model = _from_gguf(spec, dtype)
+        model = _from_gguf(spec, dtype, recipe.seed, tokenizer, head)
         new_rows = _check_fit(model.config, tokenizer, recipe, num_new)
-        blueprint = Blueprint(Decoder(with_new_rows(model, new_rows)), recipe.seed)
+        blueprint = Blueprint(_decoder(with_new_rows(model, new_rows), head), recipe.seed)
         blueprint.new_rows = new_rows
     rows = blueprint.decoder.hf.get_input_embeddings().weight.shape[0]
     if rows < num_ids(tokenizer):
@@ -102,22 +124,27 @@ def open_other_model(spec: Model, recipe: Recipe, tokenizer: PreTrainedTokenizer
     return blueprint
 
 
-def _random(config: PreTrainedConfig, dtype: torch.dtype, seed: int, attention: str) -> Blueprint:
+def _decoder(hf: PreTrainedModel, head: Head) -> Decoder:
+    return Decoder(hf, head.attribute(hf))
+
+
+def _random(config: PreTrainedConfig, dtype: torch.dtype, seed: int, attention: str, head: Head) -> Blueprint:
     def build() -> PreTrainedModel:
         with as_input_error("model", "correct model.config, or model.attention"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(attention))
+            model: PreTrainedModel = head.auto.from_config(config, dtype=dtype, **_attention(attention))
+            return model
 
     empty = _on_meta(build)
     if isinstance(empty, str):
         obstacle: str | None = empty
     else:
-        blueprint = Blueprint(Decoder(empty), seed)
+        blueprint = Blueprint(_decoder(empty, head), seed)
         obstacle = blueprint.obstacle()
         if obstacle is None:
             return blueprint
     log.info("each rank builds the whole model before it is sharded: %s", obstacle)
     torch.manual_seed(seed)
-    return Blueprint(Decoder(build()), seed)
+    return Blueprint(_decoder(build(), head), seed)
 
 
 def _on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel | str:
@@ -175,10 +202,14 @@ def _pretrained(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     num_new: int,
+    head: Head,
 ) -> Blueprint:
     path = str(Path(spec.path).expanduser())
     source = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     config = open_config(path, "model.path", spec.revision, spec.trust_remote_code)
+    check_kind(path, "model.path", head, spec.revision)
+    head.check(config, "model.path")
+    head.configure(config, tokenizer)
     known = known_diffusion(path, "model.path", spec.revision)
     _check_mask(known, recipe, tokenizer)
     if known is not None and not isinstance(recipe.algorithm, DIFFUSION):
@@ -189,22 +220,23 @@ def _pretrained(
     new_rows = _check_fit(config, tokenizer, recipe, num_new)
     why: Blueprint | str = "it is loaded in 4 bits"
     if spec.quantization == "none":
-        why = _from_files(path, spec, config, recipe, new_rows)
+        why = _from_files(path, spec, config, recipe, new_rows, head)
         if isinstance(why, Blueprint):
             return why
         log.info("each rank loads the whole model before it is sharded: %s", why)
     options = source | _attention(spec.attention) | in_four_bits(spec, recipe, new_rows, config.vocab_size)
-    model = load_weights(path, "model.path", config=config, dtype=dtype, **options)
-    blueprint = Blueprint(Decoder(with_new_rows(model, new_rows)), recipe.seed)
+    torch.manual_seed(recipe.seed)  # of a head that the files lack
+    model = load_weights(path, "model.path", head, may_lack_head=True, config=config, dtype=dtype, **options)
+    blueprint = Blueprint(_decoder(with_new_rows(model, new_rows), head), recipe.seed)
     blueprint.new_rows = new_rows
     return blueprint
 
 
 def _from_files(
-    path: str, spec: ModelFromPretrained, config: PreTrainedConfig, recipe: Recipe, new_rows: range
+    path: str, spec: ModelFromPretrained, config: PreTrainedConfig, recipe: Recipe, new_rows: range, head: Head
 ) -> Blueprint | str:
     """A model whose files hold its weights as they are, or why it takes transformers to load it."""
-    renamed = llada.llama_name if _is_llada(_config_fields(path, spec.revision)) else None
+    renamed = llada.llama_name if is_llada(config_fields(path, spec.revision)) else None
     if spec.trust_remote_code and renamed is None:
         return "it may bring code of its own"
     if config.to_dict().get("quantization_config") is not None:
@@ -217,7 +249,9 @@ def _from_files(
 
     def build() -> PreTrainedModel:
         with as_input_error("model.path", LOADABLE):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(grown), dtype=dtype, **_attention(spec.attention))
+            options = _attention(spec.attention)
+            built: PreTrainedModel = head.auto.from_config(copy.deepcopy(grown), dtype=dtype, **options)
+            return built
 
     model = _on_meta(build)
     if isinstance(model, str):
@@ -229,69 +263,17 @@ def _from_files(
         return "its safetensors could not be opened"
     if new_rows:
         files.set_new_rows(rows_of_tokens(model), new_rows)
-    if (difference := files.difference(model)) is not None:
+    decoder = _decoder(model, head)
+    if (difference := files.difference(model, decoder.scoring_head)) is not None:
         return difference
-    with as_input_error("model.path", LOADABLE):
-        model.generation_config = _generation_config(path, spec.revision)
+    if model.can_generate():
+        with as_input_error("model.path", LOADABLE):
+            model.generation_config = generation_config(path, spec.revision)
     model.name_or_path = model.config.name_or_path = path
     model._weight_conversions = []  # so that it is saved under the names that it was read by
-    blueprint = Blueprint(Decoder(model), recipe.seed, files)
+    blueprint = Blueprint(decoder, recipe.seed, files)
     blueprint.new_rows = new_rows
     return blueprint.obstacle() or blueprint
-
-
-def _generation_config(path: str, revision: str | None) -> GenerationConfig:
-    """The model's file, or what its config says of generation; as from_pretrained does."""
-    try:
-        return GenerationConfig.from_pretrained(path, revision=revision)
-    except OSError:
-        return GenerationConfig.from_pretrained(
-            path, config_file_name="config.json", _from_model_config=True, revision=revision
-        )
-
-
-def _config_fields(path: str, revision: str | None = None) -> dict[str, Any]:
-    """config.json of a directory or a hub model."""
-    fields: dict[str, Any] = PreTrainedConfig.get_config_dict(path, revision=revision)[0]
-    return fields
-
-
-def _is_llada(fields: dict[str, Any]) -> bool:
-    return fields.get("model_type") == llada.MODEL_TYPE
-
-
-def open_config(
-    path: str, where: str, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedConfig:
-    """The configuration of a model in a directory or on the hub; LLaDA's is that of a Llama.
-
-    Raises:
-        InputError: there is none, or it is not known.
-    """
-    with as_input_error(where, LOADABLE):
-        fields = _config_fields(path, revision)
-        if not _is_llada(fields):
-            return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        config = llada.llama_config(fields, where)
-    if config.dtype is None and (files := find_weights(path, revision)) is not None:
-        config.dtype = files.dtype()
-    return config
-
-
-def known_diffusion(path: str, where: str, revision: str | None = None) -> Diffusion | None:
-    """How a model in a directory or on the hub is to be used, by its diffusion.json or as LLaDA; None for no diffusion.
-
-    Raises:
-        InputError: what it says of itself cannot be read.
-    """
-    with as_input_error(where, LOADABLE):
-        own = cached(path, DIFFUSION_FILE, revision)
-        if own is not None:
-            return load_diffusion(own.parent)
-        if cached(path, "config.json", revision) is None:  # an adapter alone
-            return None
-        fields = _config_fields(path, revision)
-    return llada.diffusion_of(fields, where) if _is_llada(fields) else None
 
 
 def _check_mask(known: Diffusion | None, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -323,57 +305,25 @@ def _check_mask(known: Diffusion | None, recipe: Recipe, tokenizer: PreTrainedTo
         )
 
 
-def load_weights(path: str, where: str, **options: Any) -> PreTrainedModel:
-    """A causal LM from a directory, the hub or (with gguf_file) a GGUF file, all of its weights read from there.
-
-    LLaDA's published layout is read as a Llama's.
-
-    Args:
-        path: directory or hub name.
-        where: what to name in errors.
-        options: of transformers' from_pretrained.
-
-    Raises:
-        InputError: there is no such model, or weights are missing or of another shape.
-    """
-    with as_input_error(where, LOADABLE):
-        is_llada = "gguf_file" not in options and _is_llada(_config_fields(path, options.get("revision")))
-        if is_llada:
-            own = options.get("config") or open_config(path, where, options.get("revision"))
-            options |= {"config": own, "key_mapping": llada.KEY_MAPPING, "trust_remote_code": False}
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            path,
-            use_safetensors=True,  # never unpickles what comes from outside
-            ignore_mismatched_sizes=True,  # so that they are told below, with their names
-            output_loading_info=True,
-            **options,
-        )
-    if is_llada:
-        model._weight_conversions = []  # or it would be saved under LLaDA's names with a Llama's config
-    # transformers only warns, and fills in random numbers.
-    names = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
-    if names:
-        raise InputError(
-            f"{len(names)} of the model's weights are not there, or in another shape: "
-            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
-            where=where,
-            remedy="give one that holds a causal language model of this config",
-        )
-    return model
-
-
-def _from_gguf(spec: ModelFromGGUF, dtype: torch.dtype) -> PreTrainedModel:
+def _from_gguf(
+    spec: ModelFromGGUF, dtype: torch.dtype, seed: int, tokenizer: PreTrainedTokenizerBase, head: Head
+) -> PreTrainedModel:
     file = Path(spec.file).expanduser()
     if not os.path.isfile(file):  # unlike Path.is_file it raises nothing for a name that is too long
         raise InputError(f"no such file: {spec.file}", where="model.file", remedy="correct the path")
+    # Such files hold language models, of which one that scores takes all but the head.
     model = load_weights(str(file.parent), "model.file", gguf_file=file.name, dtype=dtype, local_files_only=True)
     # The weights are plain tensors now; a config that says otherwise could not be saved.
     del model.config.quantization_config
+    head.check(model.config, "model.file")
+    head.configure(model.config, tokenizer)
+    torch.manual_seed(seed)
     with as_input_error("model"):
-        fresh: PreTrainedModel = AutoModelForCausalLM.from_config(
-            model.config, dtype=dtype, **_attention(spec.attention)
-        )
-    fresh.load_state_dict(model.state_dict())
+        fresh: PreTrainedModel = head.auto.from_config(model.config, dtype=dtype, **_attention(spec.attention))
+    if head.scores:
+        fresh.base_model.load_state_dict(model.base_model.state_dict())
+    else:
+        fresh.load_state_dict(model.state_dict())
     return fresh
 
 

@@ -14,7 +14,7 @@ Logits are computed in the hidden states' dtype (autocast's where it is on), red
 vocabulary in float32.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 _ROWS = 64
 
 
-def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
+def rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
+    """How many of the rows of hidden states make a chunk of logits."""
     elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"])
     return max(_ROWS, elements // weight.shape[0] // _ROWS * _ROWS)
 
@@ -58,15 +59,70 @@ def _sum_of_outer(one: Tensor, other: Tensor) -> Tensor:
     return _filled(one).t() @ _filled(other)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """What logits of these hidden states are computed in: autocast's dtype where it is on, else theirs."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Float32 logits [rows, V] of hidden states [rows, D]."""
     logits = _product(hidden, weight.t()).float()
     return logits if bias is None else logits.add_(bias.float())
+
+
+class HeadGradients:
+    """Gradients of a head's inputs and weights, added up a chunk of rows at a time.
+
+    Args:
+        hidden: [N, D] hidden states.
+        weight: [V, D] of the head.
+        bias: [V] of the head.
+        needed: of which of the three; where of none, nothing is to be added.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]):
+        of_hidden, of_weight, of_bias = needed
+        self.hidden = torch.empty_like(hidden) if of_hidden else None
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and of_bias else None
+        self.are_needed = any(needed)
+
+    def add(self, grad: Tensor, part: slice, states: Tensor, matrix: Tensor) -> None:
+        """Adds those of one chunk.
+
+        Args:
+            grad: float32 [n, V'], of its logits; a head may have more rows than the V' that were used.
+            part: which of the rows it is.
+            states: [n, D] its hidden states, in the dtype that the logits were computed in.
+            matrix: [V', D] the weight in that dtype.
+        """
+        used = slice(grad.shape[1])
+        if self.bias is not None:
+            self.bias[used] += grad.sum(0)
+        grad = grad.to(states.dtype)
+        if self.hidden is not None:
+            self.hidden[part] = _product(grad, matrix)
+        if self.weight is not None:
+            if grad.dtype == torch.float32:
+                self.weight[used].addmm_(grad.t(), states)
+            else:
+                self.weight[used] += _sum_of_outer(grad, states)
+
+    def save(self, ctx: Any, weight: Tensor) -> None:
+        """Leaves them to `saved_gradients`."""
+        ctx.save_for_backward(self.hidden, self.weight, self.bias)
+        ctx.weight_dtype = weight.dtype
+
+
+def saved_gradients(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients that were computed in the forward, times a scalar."""
+    grad_h, grad_w, grad_b = ctx.saved_tensors
+    # In float32: a factor rounded to bf16 would be the same error, up to 0.4 %, in every hidden gradient.
+    scaled_h = None if grad_h is None else (grad_h.float() * factor).to(grad_h.dtype)
+    scaled_w = None if grad_w is None else (grad_w * factor).to(ctx.weight_dtype)
+    scaled_b = None if grad_b is None else (grad_b * factor).to(ctx.weight_dtype)
+    return scaled_h, scaled_w, scaled_b
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -79,26 +135,23 @@ class _CrossEntropySum(torch.autograd.Function):
         targets: Tensor,
         row_weights: Tensor | None,
     ) -> Tensor:
-        dtype = _compute_dtype(hidden)
+        dtype = compute_dtype(hidden)
         h, w = hidden.to(dtype), weight.to(dtype)
-        needs_h, needs_w = hidden.requires_grad, weight.requires_grad
-        needs_b = bias is not None and bias.requires_grad
-        grad_h = torch.empty_like(hidden) if needs_h else None
-        grad_w = torch.zeros_like(weight, dtype=torch.float32) if needs_w else None
-        grad_b = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_b else None
+        needed = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+        gradients = HeadGradients(hidden, weight, bias, needed)
         loss = hidden.new_zeros((), dtype=torch.float32)
 
-        rows = _rows_per_chunk(hidden, weight)
+        rows = rows_per_chunk(hidden, weight)
         # Inside a custom function autocast would cast again, and undo the float32 of the reductions.
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], rows):
                 part = slice(start, start + rows)
                 counted = targets[part] != IGNORE_INDEX
                 index = targets[part].clamp_min(0).unsqueeze(1)
-                logp = _logits(h[part], w, bias).log_softmax(1)
+                logp = logits_of(h[part], w, bias).log_softmax(1)
                 logprobs = logp.gather(1, index).squeeze(1).masked_fill_(~counted, 0.0)
                 loss -= logprobs.sum() if row_weights is None else logprobs.dot(row_weights[part])
-                if not (needs_h or needs_w or needs_b):
+                if not gradients.are_needed:
                     continue
                 # d nll / d logits = softmax - onehot, and nothing for a row that does not count
                 grad = logp.exp_()
@@ -106,28 +159,13 @@ class _CrossEntropySum(torch.autograd.Function):
                 grad.masked_fill_(~counted.unsqueeze(1), 0.0)
                 if row_weights is not None:
                     grad *= row_weights[part].unsqueeze(1)
-                if grad_b is not None:
-                    grad_b += grad.sum(0)
-                grad = grad.to(dtype)
-                if grad_h is not None:
-                    grad_h[part] = _product(grad, w)
-                if grad_w is not None:
-                    if dtype == torch.float32:
-                        grad_w.addmm_(grad.t(), h[part])
-                    else:
-                        grad_w += _sum_of_outer(grad, h[part])
-        ctx.save_for_backward(grad_h, grad_w, grad_b)
-        ctx.weight_dtype = weight.dtype
+                gradients.add(grad, part, h[part], w)
+        gradients.save(ctx, weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_h, grad_w, grad_b = ctx.saved_tensors
-        # In float32: a factor rounded to bf16 would be the same error, up to 0.4 %, in every hidden gradient.
-        scaled_h = None if grad_h is None else (grad_h.float() * grad_loss).to(grad_h.dtype)
-        scaled_w = None if grad_w is None else (grad_w * grad_loss).to(ctx.weight_dtype)
-        scaled_b = None if grad_b is None else (grad_b * grad_loss).to(ctx.weight_dtype)
-        return scaled_h, scaled_w, scaled_b, None, None
+        return *saved_gradients(ctx, grad_loss), None, None
 
 
 def linear_cross_entropy(
@@ -160,15 +198,15 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        ctx.dtype, ctx.temperature = _compute_dtype(hidden), temperature
+        ctx.dtype, ctx.temperature = compute_dtype(hidden), temperature
         h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
         num_rows = hidden.shape[0]
         logprobs, entropy, normalisers = (hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
-        rows = _rows_per_chunk(hidden, weight)
+        rows = rows_per_chunk(hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, num_rows, rows):
                 part = slice(start, start + rows)
-                scaled = _logits(h[part], w, bias).div_(temperature)
+                scaled = logits_of(h[part], w, bias).div_(temperature)
                 normaliser = scaled.logsumexp(1)
                 logprobs[part] = scaled.gather(1, targets[part].clamp_min(0).unsqueeze(1)).squeeze(1) - normaliser
                 logp = scaled.sub_(normaliser.unsqueeze(1))
@@ -184,32 +222,24 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, entropy, normalisers = ctx.saved_tensors
         h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-        needs_h, needs_w, needs_b = ctx.needs_input_grad[:3]
-        grad_h = torch.empty_like(hidden) if needs_h else None
-        grad_w = torch.zeros_like(weight, dtype=torch.float32) if needs_w else None
-        grad_b = torch.zeros_like(bias, dtype=torch.float32) if needs_b else None
+        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         counted = (targets != IGNORE_INDEX).float()
-        rows = _rows_per_chunk(hidden, weight)
+        rows = rows_per_chunk(hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], rows):
                 part = slice(start, start + rows)
                 by_logprob = (grad_logprobs[part] * counted[part]).unsqueeze(1)
                 by_entropy = (grad_entropy[part] * counted[part]).unsqueeze(1)
-                logp = _logits(h[part], w, bias).div_(ctx.temperature).sub_(normalisers[part].unsqueeze(1))
+                logp = logits_of(h[part], w, bias).div_(ctx.temperature).sub_(normalisers[part].unsqueeze(1))
                 p = logp.exp()
                 # d logp_y / dz = onehot - p;  dH / dz = -p (log p + H)
                 grad = -p * (by_logprob + by_entropy * (logp + entropy[part].unsqueeze(1)))
                 grad.scatter_add_(1, targets[part].clamp_min(0).unsqueeze(1), by_logprob)
                 grad.div_(ctx.temperature)
-                if grad_b is not None:
-                    grad_b += grad.sum(0)
-                grad = grad.to(ctx.dtype)
-                if grad_h is not None:
-                    grad_h[part] = _product(grad, w)
-                if grad_w is not None:
-                    grad_w += _sum_of_outer(grad, h[part])
+                gradients.add(grad, part, h[part], w)
+        grad_w, grad_b = gradients.weight, gradients.bias
         return (
-            grad_h,
+            gradients.hidden,
             None if grad_w is None else grad_w.to(weight.dtype),
             None if grad_b is None else grad_b.to(weight.dtype),
             None,
@@ -248,11 +278,11 @@ def linear_rowwise(
         bias: [V].
         function: of float32 logits [n, V] and which of the rows they are of; gives [n] or [n, ...].
     """
-    dtype, rows = _compute_dtype(hidden), _rows_per_chunk(hidden, weight)
+    dtype, rows = compute_dtype(hidden), rows_per_chunk(hidden, weight)
 
     def of_chunk(states: Tensor, matrix: Tensor, offsets: Tensor | None, part: slice) -> Tensor:
         with torch.autocast(states.device.type, enabled=False):
-            return function(_logits(states.to(dtype), matrix.to(dtype), offsets), part)
+            return function(logits_of(states.to(dtype), matrix.to(dtype), offsets), part)
 
     parts = [slice(start, start + rows) for start in range(0, max(1, hidden.shape[0]), rows)]
     return torch.cat([checkpoint(of_chunk, hidden[p], weight, bias, p, use_reentrant=False) for p in parts])
@@ -260,11 +290,11 @@ def linear_rowwise(
 
 def logits_in_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, slice]]:
     """The float32 logits hidden @ weight.T + bias, [n, V] at a time, and which of the rows they are of."""
-    dtype, rows = _compute_dtype(hidden), _rows_per_chunk(hidden, weight)
+    dtype, rows = compute_dtype(hidden), rows_per_chunk(hidden, weight)
     h, w = hidden.to(dtype), weight.to(dtype)
     for start in range(0, max(1, len(h)), rows):
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = _logits(h[start : start + rows], w, bias)
+            logits = logits_of(h[start : start + rows], w, bias)
         yield logits, slice(start, start + rows)
 
 

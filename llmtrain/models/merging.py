@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmtrain.errors import InputError, TrainingError
-from llmtrain.models.decoder import config_field
+from llmtrain.models.decoder import Decoder, config_field
 from llmtrain.models.diffusion import Diffusion
+from llmtrain.models.heads import head_in
 from llmtrain.models.saved import UNMERGEABLE, Saved
 
 # Of the logits' root mean square, in float32: what adding the update first or last does, with a wide margin, and
@@ -28,8 +29,15 @@ def probe_rows(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, rows: Tensor, diffusion: Diffusion | None = None) -> Tensor:
-    """The model's logits on `rows`, in float32 on the CPU; without the mask's, which is used nowhere."""
-    logits: Tensor = model(input_ids=rows.to(model.device), use_cache=False).logits
+    """The model's logits on `rows`, in float32 on the CPU; without the mask's, which is used nowhere.
+
+    Of a model that scores, what its head says at every token, where transformers' forward may say the last one alone.
+    """
+    head, ids = head_in(model).attribute(model), rows.to(model.device)
+    if head is None:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    else:
+        logits = Decoder(model, head)(ids, None, lambda hidden, module: module(hidden))
     logits = logits.float().cpu()
     if diffusion is not None and diffusion.mask_token_id is not None:
         logits[..., diffusion.mask_token_id] = 0.0
@@ -79,9 +87,9 @@ def merge(saved: Saved, rows: Tensor) -> tuple[PreTrainedModel, Tensor]:
             f"{place}: merged, the model's logits differ by {off:.2g} of their size (at most {bound:.2g} is rounding)"
             f"\n  remedy: {remedy}, and report this with the adapter's configuration"
         )
-    embedding, head = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
-    if head is not embedding:  # or reading the files would make one of them again
-        merged.config.tie_word_embeddings = False
+    head: Any = merged.get_output_embeddings()  # None where the model scores
+    if head is not None and head.weight is not merged.get_input_embeddings().weight:
+        merged.config.tie_word_embeddings = False  # or reading the files would make one of them again
     return merged, reference
 
 

@@ -18,8 +18,9 @@ from llmtrain.models.decoder import config_field
 from llmtrain.models.diffusion import FILE as DIFFUSION_FILE
 from llmtrain.models.diffusion import Diffusion
 from llmtrain.models.growth import bare_head, with_new_rows
-from llmtrain.models.hub import known_diffusion, load_weights
-from llmtrain.models.refusals import TRANSFORMERS_ERRORS
+from llmtrain.models.heads import CAUSAL, SCORING_HEADS, Head, adapter_head, head_in, saved_head
+from llmtrain.models.loading import config_fields, known_diffusion, load_weights, open_config
+from llmtrain.models.refusals import LOADABLE, TRANSFORMERS_ERRORS, as_input_error
 from llmtrain.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BELOW, WeightFiles
 from llmtrain.recipe.resolved import RESOLVED
 
@@ -62,6 +63,7 @@ class Saved:
         virtual: what an adapter puts before the text: embeddings, keys and values in every layer, or nothing.
         num_virtual: how many positions that takes.
         diffusion: how it is to be used as a diffusion model; None where it is autoregressive.
+        head: of the model.
     """
 
     location: Location
@@ -71,6 +73,7 @@ class Saved:
     virtual: str | None = None
     num_virtual: int = 0
     diffusion: Diffusion | None = None
+    head: Head = CAUSAL
 
     @property
     def device(self) -> torch.device:
@@ -157,10 +160,7 @@ def _base_of(adapter: Path, given: str | None) -> str:
     if given is not None:
         return locate(given, where="--base").path
     file = adapter / ADAPTER_CONFIG
-    try:
-        named = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"cannot be read as peft's configuration: {error!r}", where=str(file)) from None
+    named = _adapter_fields(adapter).get("base_model_name_or_path")
     remedy = "give the directory of the base model with --base"
     if not isinstance(named, str) or not named:
         raise InputError("it does not say which model it was made for", where=str(file), remedy=remedy)
@@ -172,6 +172,25 @@ def _base_of(adapter: Path, given: str | None) -> str:
     if not _may_be_on_hub(named):
         raise InputError(f"its base model is not there: {named}", where=str(file), remedy=remedy)
     return named
+
+
+def _adapter_fields(directory: Path) -> dict[str, Any]:
+    file = directory / ADAPTER_CONFIG
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read as peft's configuration: {error!r}", where=str(file)) from None
+    if not isinstance(fields, dict):
+        raise InputError("it is no JSON object, as peft's configuration is", where=str(file))
+    return fields
+
+
+def head_at(location: Location) -> Head:
+    """Which head the model that lies there has, by its configuration or the adapter's."""
+    if location.is_adapter:
+        return adapter_head(_adapter_fields(Path(location.path)))
+    with as_input_error(location.path, LOADABLE):
+        return saved_head(config_fields(location.path))
 
 
 def load_saved(
@@ -195,32 +214,62 @@ def load_saved(
     return load_located(locate(model, base, where), dtype=dtype, device=device)
 
 
-def load_located(location: Location, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Saved:
-    """As `load_saved`, of what `locate` found."""
+def load_located(
+    location: Location, *, head: Head = CAUSAL, dtype: str = "auto", device: torch.device | str = "cpu"
+) -> Saved:
+    """As `load_saved`, of what `locate` found; with a head that scores where one is asked for."""
     chosen = DTYPES.get(dtype, "auto")
     if location.base is None:
         tokenizer = load_tokenizer(location.path)
-        weights = load_weights(location.path, location.path, dtype=chosen).to(device).eval()
-        return Saved(location, weights, weights, tokenizer, diffusion=_diffusion_of(location, weights))
-    has_tokenizer = (Path(location.path) / "tokenizer_config.json").is_file()
+        weights = load_weights(location.path, location.path, head, dtype=chosen).to(device).eval()
+        return Saved(location, weights, weights, tokenizer, diffusion=_diffusion_of(location, weights), head=head)
+    directory = Path(location.path)
+    _check_head(directory, head)
+    has_tokenizer = (directory / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(location.path if has_tokenizer else location.base)
-    decoder = load_weights(location.base, location.base, dtype=chosen)
-    for below in sorted(Path(location.path).glob(f"{BELOW}*"), key=lambda path: int(path.name.removeprefix(BELOW))):
+    decoder = _load_base(location, tokenizer, head, chosen)
+    for below in sorted(directory.glob(f"{BELOW}*"), key=lambda path: int(path.name.removeprefix(BELOW))):
         decoder = merge_below(decoder, tokenizer, below)
-    with_adapter = _with_adapter(decoder, tokenizer, Path(location.path)).to(device).eval()
+    with_adapter = _with_adapter(decoder, tokenizer, directory).to(device).eval()
     config, diffusion = with_adapter.active_peft_config, _diffusion_of(location, decoder)
     if diffusion is not None and diffusion.mask_token_id is not None:
         bare_head(decoder, diffusion.mask_token_id)
     if config.is_prompt_learning:
-        if diffusion is not None:
+        if diffusion is not None or head.scores:
+            what = head.what if head.scores else "a diffusion model"
             raise InputError(
-                f"{config.peft_type.value} puts tokens before causal text, and this is a diffusion model",
+                f"{config.peft_type.value} puts tokens before causal text, and this is {what}",
                 where=location.path,
                 remedy="use an adapter inside the layers, such as LoRA",
             )
         virtual = "cache" if config.peft_type in _PREFIXES else "embeddings"
         return Saved(location, with_adapter, decoder, tokenizer, virtual, int(config.num_virtual_tokens))
-    return Saved(location, with_adapter, decoder, tokenizer, diffusion=diffusion)
+    return Saved(location, with_adapter, decoder, tokenizer, diffusion=diffusion, head=head)
+
+
+def _check_head(adapter: Path, head: Head) -> None:
+    own = adapter_head(_adapter_fields(adapter))
+    if own is not head and (own.scores or head.scores):
+        raise InputError(
+            f"it is an adapter of {own.what}, and {head.what} is wanted",
+            where=str(adapter),
+            remedy="give an adapter or a model of that kind",
+        )
+
+
+def _load_base(location: Location, tokenizer: PreTrainedTokenizerBase, head: Head, dtype: Any) -> PreTrainedModel:
+    """The model that an adapter is for; of one that scores the head may come with the adapter."""
+    base = location.base
+    assert base is not None
+    if not head.scores:
+        return load_weights(base, base, dtype=dtype)
+    config = open_config(base, base)
+    head.check(config, base)
+    head.configure(config, tokenizer)
+    names = _shapes(Path(location.path) / ADAPTER_WEIGHTS)
+    modules = {name.rpartition(".")[0].rpartition(".")[2] for name in names}
+    brings_head = not modules.isdisjoint(SCORING_HEADS)
+    return load_weights(base, base, head, may_lack_head=brings_head, config=config, dtype=dtype)
 
 
 def _diffusion_of(location: Location, decoder: PreTrainedModel) -> Diffusion | None:
@@ -258,16 +307,23 @@ def merge_below(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, di
 
 def _with_adapter(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Any:
     # Only here: it takes a second to import, and most models have no adapter.
-    from peft import PeftModelForCausalLM, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
 
     file = directory / ADAPTER_WEIGHTS
     shapes = _shapes(file)
     _grow_embeddings(decoder, tokenizer, shapes)
+    head, own = head_in(decoder), adapter_head(_adapter_fields(directory))
+    if own.scores:
+        _check_head(directory, head)
+    cls: Any = PeftModel if head.scores else PeftModelForCausalLM
     try:
+        config = PeftConfig.from_pretrained(str(directory))
+        if head.scores and not own.scores:
+            config.task_type = None  # of a language model, to be merged: its class wants one that generates
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft's, of transformers
-            model = PeftModelForCausalLM.from_pretrained(decoder, str(directory), is_trainable=False)
+            model = cls.from_pretrained(decoder, str(directory), is_trainable=False, config=config)
     except (*TRANSFORMERS_ERRORS, RuntimeError, NotImplementedError) as error:
         raise InputError(
             f"the adapter does not fit on {decoder.config.name_or_path or 'its base'}: {' '.join(str(error).split())}",

@@ -66,12 +66,20 @@ class WeightFiles:
                 self._meta[name] = ((max(rows, new.stop), *rest), dtype)
                 self._new_rows[name] = new
 
-    def difference(self, model: PreTrainedModel) -> str | None:
-        """How the files differ from the model's names and shapes; None where they can be read by name."""
+    def difference(self, model: PreTrainedModel, scoring_head: str | None = None) -> str | None:
+        """How the files differ from the model's names and shapes; None where they can be read by name.
+
+        Args:
+            scoring_head: the module that scores, in a model that has one. The files may lack all of it, and may hold
+                another head.
+        """
         state = model.state_dict(keep_vars=True)
+        own = set() if scoring_head is None else {name for name in state if name.startswith(f"{scoring_head}.")}
+        drawn = own if not any(name in self for name in own) else set()
         names_of: dict[Tensor, list[str]] = defaultdict(list)
         for name, tensor in state.items():
-            names_of[tensor].append(name)
+            if name not in drawn:
+                names_of[tensor].append(name)
         for tensor, names in names_of.items():
             present = [name for name in names if name in self]
             if not present:
@@ -85,6 +93,8 @@ class WeightFiles:
             if len(present) > 1 and not self._equal(present):
                 return f"{' and '.join(present)} are tied in the model and differ in the files"
         ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), _BUILT_BY_THE_MODEL]
+        if scoring_head is not None:
+            ignored.append(rf"^(?!{re.escape(model.base_model_prefix)}\.)")  # what is no part of the decoder itself
         for name in self._file_of:
             if name not in state and not any(re.search(pattern, name) for pattern in ignored):
                 return f"the model has no {name}"

@@ -1,6 +1,6 @@
 """Many completions from one model: padded on the left, longest first, with a cache, through transformers' generate.
 
-A token is drawn from a row's own random numbers, a function of (seed, row, sample, position), so that what a row
+A token is drawn from a row's own random numbers, a function of (seed, row, sample, part, position), so that what a row
 gets does not depend on its neighbours or on where an interrupted command went on. (Sums in another order, in
 batches of another size, differ in their last bits, which can turn a near tie.)
 """
@@ -27,6 +27,8 @@ from llmtrain.sampling.autoregressive import GREEDY_BELOW
 
 _TAIL = 8  # tokens of the prompt that the text is decoded with: the first piece's space depends on what is before it
 _TOKENS_A_CHARACTER = 4  # at most, where each is a byte of it
+_ENOUGH = 8  # finished answers, to tell from how long others may get
+_USUAL = 0.9  # of them are no longer than what is planned for
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt's token ids, not empty, and the row and sample that its random numbers are those of."""
+    """A prompt's token ids, not empty, and the row and sample that its random numbers are those of.
+
+    Attributes:
+        part: of an answer that is asked for in parts; each has random numbers of its own.
+        limit: new tokens at most, where that is fewer than for the others.
+    """
 
     ids: Sequence[int]
     row: int = 0
     sample: int = 0
+    part: int = 0
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,8 @@ class TextGenerator:
         saved: the model; what its generation config says of sampling and penalties no longer holds.
         end_ids: tokens that end a completion.
         sampling: holds for all requests.
-        batch_tokens: about so many positions, prompts and what may follow, in a batch.
+        batch_tokens: so many positions in a batch at most, of prompts and what follows, but for a single row. How many
+            rows that holds is planned from the answers before; rows that get longer go on in smaller batches.
     """
 
     def __init__(self, saved: Saved, end_ids: Sequence[int], sampling: Sampling, batch_tokens: int = 8192):
@@ -139,33 +149,41 @@ class TextGenerator:
         """
         waiting = [self._row(index, request) for index, request in enumerate(requests)]
         waiting.sort(key=lambda row: -row.length)
+        lengths = _Lengths()
         while waiting:
-            batch = self._next_batch(waiting)
+            batch = self._next_batch(waiting, lengths)
             waiting = waiting[len(batch) :]
             watch = _Watch(batch, self, len(batch) // 2 if waiting else 0, on_done, on_text)
             self._run(batch, watch)
+            lengths.learn(batch)
             waiting = [row for row in batch if row.finish is None] + waiting
 
     def _row(self, index: int, request: Request) -> _Row:
-        limit = self.room(len(request.ids))
+        room = self.room(len(request.ids))
+        limit = room if request.limit is None else min(room, request.limit)
         assert request.ids and limit > 0, "who asks checks that the prompt fits"
-        name = f"{self.sampling.seed}/{request.row}/{request.sample}".encode()
+        part = f"/{request.part}" if request.part else ""
+        name = f"{self.sampling.seed}/{request.row}/{request.sample}{part}".encode()
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1)
         return _Row(index, list(request.ids), limit, torch.rand(limit, generator=generator, dtype=torch.float64))
 
-    def _next_batch(self, waiting: Sequence[_Row]) -> list[_Row]:
+    def _next_batch(self, waiting: Sequence[_Row], lengths: "_Lengths") -> list[_Row]:
         batch: list[_Row] = []
         width = 0
         for row in waiting:
-            width = max(width, len(row.prompt) + row.limit)
+            width = max(width, len(row.prompt) + lengths.expected(row))
             if batch and width * (len(batch) + 1) > self._batch_tokens:
                 break
             batch.append(row)
         return batch
 
+    def holds(self, rows: int, width: int) -> bool:
+        """Whether a batch may get so wide."""
+        return rows == 1 or rows * width <= self._batch_tokens
+
     @torch.no_grad()
     def _run(self, batch: list[_Row], watch: "_Watch") -> None:
-        """Goes on with the rows until all are finished; or half of them, where others wait for their place."""
+        """Goes on with the rows until all are finished, or half of them where others wait, or they need more room."""
         processors = [] if self.sampling.is_greedy else [_Draw(batch, self.sampling)]
         self._saved.decoder.generate(
             **self._inputs(batch),
@@ -242,8 +260,28 @@ def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids:
     return str(tokenizer.decode(list(ids), **options))  # the prompt ends within a character
 
 
+class _Lengths:
+    """How long answers get: a batch for the longest that is allowed would have few rows where most are short."""
+
+    def __init__(self) -> None:
+        self._seen: list[int] = []
+
+    def learn(self, batch: Sequence[_Row]) -> None:
+        """From the rows that are finished."""
+        self._seen += [len(row.ids) for row in batch if row.finish is not None]
+        self._seen.sort()
+
+    def expected(self, row: _Row) -> int:
+        """New tokens to have room for: more than the row has, and its limit at most."""
+        if len(self._seen) < _ENOUGH:
+            return row.limit
+        usual = self._seen[int(_USUAL * (len(self._seen) - 1))]
+        # Doubling: an answer that gets long is begun again, with its prompt, a few times only.
+        return min(row.limit, max(usual, 2 * len(row.ids)))
+
+
 class _Watch(StoppingCriteria):
-    """Hands each new token to its row, and ends the batch when few rows go on."""
+    """Hands each new token to its row, and ends the batch when few rows go on, or when there is no room for more."""
 
     def __init__(
         self,
@@ -255,6 +293,7 @@ class _Watch(StoppingCriteria):
     ):
         self._batch, self._generator, self._leave_at = batch, generator, leave_at
         self._on_done, self._on_text = on_done, on_text
+        self._width = max(row.length for row in batch)
         self._shown = 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -267,7 +306,9 @@ class _Watch(StoppingCriteria):
             if finish is not None:
                 self._on_done(row.index, Completion(row.text, tuple(row.ids), finish))
         going_on = sum(row.finish is None for row in self._batch)
-        return torch.full((len(self._batch),), going_on <= self._leave_at, device=input_ids.device)
+        self._width += 1
+        ends = going_on <= self._leave_at or not self._generator.holds(len(self._batch), self._width + 1)
+        return torch.full((len(self._batch),), ends, device=input_ids.device)
 
     def _show(self, row: _Row, on_text: Callable[[str], None]) -> None:
         text = row.text

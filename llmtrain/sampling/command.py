@@ -12,6 +12,7 @@ from rich.console import Console
 from llmtrain.distributed import choose_device
 from llmtrain.errors import EXIT_INTERRUPTED, InputError
 from llmtrain.models.saved import Location, Saved, load_located, locate
+from llmtrain.models.scorer import Scorer, load_scorer
 from llmtrain.sampling.batched import Completion, Request, Sampling
 from llmtrain.sampling.chat import Chat
 from llmtrain.sampling.completions import check_output, complete_file, read_input
@@ -51,6 +52,16 @@ class ModelChoice:
         device = choose_device(self.device, local_rank=0)
         with Console(stderr=True).status(f"loading {location.path}"):
             return load_located(location, dtype=self.dtype, device=device)
+
+    def load_scorer(self) -> Scorer:
+        """The reward model that this names.
+
+        Raises:
+            InputError: it is not there, or does not score.
+        """
+        device = choose_device(self.device, local_rank=0)
+        with Console(stderr=True).status(f"loading {self.name}"):
+            return load_scorer(self.name, base=self.base, dtype=self.dtype, device=device)
 
 
 def generate(

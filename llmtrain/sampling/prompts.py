@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtrain.data.tokenizer import prompt_ids
 from llmtrain.errors import InputError
 from llmtrain.models.saved import Saved
 
 Message = Mapping[str, Any]
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 _PROBE = "llmtrain-probe-of-the-turn's-end"
 
 
@@ -86,31 +87,60 @@ def encode_messages(
         ids: list[int] = tokenizer.apply_chat_template(
             list(messages), tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise InputError(
-            f"the chat template does not take these messages: {error}",
-            where=where,
-            remedy="correct their roles and their order",
-        ) from None
+    except _TEMPLATE_ERRORS as error:
+        raise _not_taken(error, where) from None
+    return ids
+
+
+def _not_taken(error: Exception, where: str) -> InputError:
+    return InputError(
+        f"the chat template does not take these messages: {error}",
+        where=where,
+        remedy="correct their roles and their order",
+    )
+
+
+def encode_begun(
+    tokenizer: PreTrainedTokenizerBase, shown: str | Sequence[Message], begun: str, where: str
+) -> list[int]:
+    """A text or conversation with the beginning of what follows, as one text, which is how it was trained.
+
+    Raises:
+        InputError: it has no token at all, or the chat template does not take these messages.
+    """
+    if isinstance(shown, str):
+        return encode_text(tokenizer, shown + begun, where)
+    check_is_text(begun, where)
+    try:
+        asked: str = tokenizer.apply_chat_template(list(shown), add_generation_prompt=True, tokenize=False)
+    except _TEMPLATE_ERRORS as error:
+        raise _not_taken(error, where) from None
+    ids: list[int] = tokenizer.encode(asked + begun, add_special_tokens=False)
     return ids
 
 
 def end_ids(saved: Saved) -> list[int]:
     """Tokens that end a completion: the model's, the tokenizer's, and that which ends a turn of the chat template."""
-    configured = saved.decoder.generation_config.eos_token_id
+    return ends_of(saved.decoder, saved.tokenizer, saved.tokenizer.chat_template)
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: Any) -> list[int]:
+    """As `end_ids`, of a model with a tokenizer and a chat template (or None) that may not be the tokenizer's own."""
+    # A model that was made from a config may have none; transformers then asks the config.
+    configured = model.config.eos_token_id if model.generation_config is None else model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured])
-    ids |= {saved.tokenizer.eos_token_id, _end_of_turn(saved.tokenizer)}
+    ids |= {tokenizer.eos_token_id, _end_of_turn(tokenizer, chat_template)}
     return sorted(number for number in ids if isinstance(number, int))
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, chat_template: Any) -> int | None:
     """The special token that the chat template writes after an assistant's answer; None without one."""
-    if tokenizer.chat_template is None:
+    if chat_template is None:
         return None
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PROBE}]
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, TypeError, ValueError, KeyError):
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=chat_template)
+    except _TEMPLATE_ERRORS:
         return None  # it wants something of its own, such as a system message
     ids = tokenizer.encode(text.rpartition(_PROBE)[2].lstrip(), add_special_tokens=False)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}

@@ -24,7 +24,6 @@ from tests.unit.data.chats import (
     assistant,
     chat_tokenizer,
     conversation,
-    data,
     encoder,
     user,
 )
@@ -155,7 +154,7 @@ def test_texts(tmp_path: Path) -> None:
     add_bos(tokenizer)
     texts = ["Hello there", "  two\nlines ", "<|im_start|>user\nHi<|im_end|>", "ended<|endoftext|>"]
     expected = trl_rows(tokenizer, [{"text": text} for text in texts], tmp_path)
-    made = ExampleEncoder(tokenizer, data())
+    made = ExampleEncoder(tokenizer)
     assert our_rows(made, [Text(text, "a:1") for text in texts]) == expected
 
 

@@ -3,7 +3,6 @@
 Real runs on ragged conversations, whole and with adapters; what an adapter trains is compared.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from llmtrain.observe.metrics import read_metrics
+from tests.backends import ENGINES, compare, slug
 from tests.chats import sft_recipe
-from tests.runs import train_here
+from tests.runs import cut_after, train_here
 from tests.together import train_together
-
-ENGINES = {
-    "ddp": "engine.kind=ddp",
-    "fsdp": "engine.kind=fsdp",
-    "zero1": "engine={kind: deepspeed, zero_stage: 1}",
-    "zero2": "engine={kind: deepspeed, zero_stage: 2}",
-    "zero3": "engine={kind: deepspeed, zero_stage: 3}",
-}
-if importlib.util.find_spec("deepspeed") is None:  # pip install -e '.[deepspeed]' brings it
-    ENGINES = {name: setting for name, setting in ENGINES.items() if not name.startswith("zero")}
 
 METHODS: dict[str, list[str]] = {
     "full, packed": [],
@@ -60,23 +49,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def compare(run: Path, reference: Path) -> None:
-    for file in ("model.safetensors", "adapter_model.safetensors"):
-        if not (reference / "final" / file).exists():
-            continue
-        ours, theirs = load_file(run / "final" / file), load_file(reference / "final" / file)
-        assert ours.keys() == theirs.keys()
-        for name, weight in theirs.items():
-            torch.testing.assert_close(
-                ours[name], weight, rtol=1e-5, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
-            )
-    records = zip(read_metrics(run / "metrics.jsonl"), read_metrics(reference / "metrics.jsonl"), strict=True)
-    for mine, expected in records:
-        for figure in FIGURES:
-            if figure in expected:
-                assert mine[figure] == pytest.approx(expected[figure], rel=1e-5, abs=1e-7), figure
-
-
 def check(recipe: Path, pairs: list[tuple[str, str]], tmp_path: Path) -> None:
     reference, jobs = {}, []
     for method in dict.fromkeys(method for method, _ in pairs):
@@ -87,11 +59,7 @@ def check(recipe: Path, pairs: list[tuple[str, str]], tmp_path: Path) -> None:
         where = [f"output_dir={tmp_path / engine}", f"name={slug(method)}"]
         jobs.append((recipe, [*where, *METHODS[method], ENGINES[engine]]))
     for (method, _), run in zip(pairs, train_together(jobs, ranks=2), strict=True):
-        compare(run, reference[method])
-
-
-def slug(method: str) -> str:
-    return "".join(character if character.isalnum() else "-" for character in method)
+        compare(run, reference[method], FIGURES)
 
 
 def test_backends_change_nothing(recipe: Path, tmp_path: Path) -> None:
@@ -112,21 +80,16 @@ def test_backends_change_nothing_for_any_method(recipe: Path, tmp_path: Path) ->
 def test_micro_batches_change_nothing(method: str, recipe: Path, tmp_path: Path) -> None:
     settings = METHODS[method]
     whole = train_here(recipe, f"output_dir={tmp_path / 'whole'}", "batch.micro_sequences=8", *settings)
-    compare(train_here(recipe, f"output_dir={tmp_path / 'ones'}", "batch.micro_sequences=1", *settings), whole)
+    compare(train_here(recipe, f"output_dir={tmp_path / 'ones'}", "batch.micro_sequences=1", *settings), whole, FIGURES)
 
 
 @pytest.mark.parametrize("method", ["full, padded", "lora"])
 def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(method: str, recipe: Path, tmp_path: Path) -> None:
-    import shutil
-
     noise: list[Any] = ["algorithm.neftune_alpha=5"]  # drawn from generators, whose state the checkpoints hold
     settings = [*METHODS[method], *noise]
     whole = train_here(recipe, f"output_dir={tmp_path}", *settings)
-    copy = tmp_path / "again" / whole.name
-    shutil.copytree(whole, copy)
-    shutil.rmtree(copy / "final")
-    shutil.rmtree(copy / "checkpoints" / "step-00000006")
-    resumed = train_here(recipe, f"output_dir={copy.parent}", *settings)
+    cut_after(whole, 3, tmp_path / "again")
+    resumed = train_here(recipe, f"output_dir={tmp_path / 'again'}", *settings)
     file = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
     ours, theirs = load_file(resumed / "final" / file), load_file(whole / "final" / file)
     for name, weight in theirs.items():

@@ -29,6 +29,8 @@ COMMANDS = [
     ["eval"],
     ["export"],
     ["fetch"],
+    ["rejection-sample"],
+    ["label-steps"],
     ["tokenizer"],
     ["tokenizer", "train"],
     ["recipes"],

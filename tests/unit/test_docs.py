@@ -80,9 +80,10 @@ def test_every_recipe_exists(page: Path) -> None:
 
 @of_page
 def test_every_option_exists(page: Path) -> None:
-    commands = (ROOT / "llmtrain" / "cli_use.py").read_text(encoding="utf-8")
+    files = (ROOT / "llmtrain").glob("cli_*.py")
+    commands = "".join(file.read_text(encoding="utf-8") for file in files)
     parameters = {name.replace("_", "-") for name in re.findall(r"^    (\w+): ", commands, re.MULTILINE)}
-    known = parameters | set(re.findall(r'"--([\w-]+)', commands))
+    known = parameters | set(re.findall(r'["/]--([\w-]+)', commands))
     assert set(re.findall(r"--([a-z][a-z-]+)", page.read_text(encoding="utf-8"))) <= known
 
 

@@ -12,17 +12,17 @@ PACKAGE = ROOT / "llmtrain"
 
 # From the lowest up: a module imports from its own layer and from those above it in this table.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "directories", "tables"),
+    ("errors", "directories", "pictures", "tables"),
     ("recipe", "contracts"),
     ("distributed", "progress"),
     ("models", "data"),
-    ("algorithms", "sampling", "evaluation"),
+    ("algorithms", "sampling", "evaluation", "search"),
     ("engines",),
     ("checkpoint", "observe", "schedule", "signals", "rundir", "verdict", "ending"),
     ("loop",),
     ("run",),
     ("quickstart", "compare", "launch", "export", "fetch"),
-    ("cli", "cli_checkpoint", "cli_data", "cli_loading", "cli_use"),
+    ("cli", "cli_checkpoint", "cli_data", "cli_loading", "cli_search", "cli_select", "cli_use"),
     ("__main__",),
 )
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}

@@ -214,7 +214,7 @@ def _check_parameters(decoder: Decoder, model: Any) -> None:
 
 def _check_head(decoder: Decoder) -> None:
     """The loss reads the head's weight, a chunk of rows at a time, so it has to be all that the head is."""
-    head = decoder.hf.get_output_embeddings()
+    head: Any = decoder.head
     if isinstance(head, BaseTunerLayer | TrainableTokensWrapper):
         raise InputError(
             "an adapter on the head would not be in the loss, which multiplies with the head's weight itself",

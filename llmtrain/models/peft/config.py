@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmtrain.errors import InputError, nearest
 from llmtrain.models.decoder import config_field
+from llmtrain.models.heads import head_of
 from llmtrain.recipe.schema import (
     IA3,
     Adapter,
@@ -58,7 +59,9 @@ def peft_config(spec: Adapter, recipe: Recipe, hf: PreTrainedModel, mask_row: in
     Raises:
         InputError: peft has no such type or field, or refuses a value.
     """
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    head = head_of(recipe)
+    common: dict[str, Any] = {"task_type": head.task_type}
+    scoring = head.attribute(hf)  # trained whole, and saved with the adapter
     model = recipe.model
     if not isinstance(model, ModelFromPretrained):
         raise InputError(
@@ -69,16 +72,30 @@ def peft_config(spec: Adapter, recipe: Recipe, hf: PreTrainedModel, mask_row: in
     common["base_model_name_or_path"] = model.path
     common["revision"] = model.revision
     if isinstance(spec, PromptTuning | PrefixTuning | PTuning):
+        if scoring is not None:
+            raise _not_saved(spec.kind, scoring)
         return _of_prompt(spec, common)
     with refused_as_input_error():
         if isinstance(spec, OtherAdapter):
-            return _of_other(spec, common)
-        if spec.modules_to_save:
-            common["modules_to_save"] = list(spec.modules_to_save)
+            return _of_other(spec, common, scoring)
+        if saved := _with_head(spec.modules_to_save, scoring):
+            common["modules_to_save"] = saved
         if isinstance(spec, IA3):
             feedforward = None if spec.feedforward_modules is None else list(spec.feedforward_modules)
             return IA3Config(target_modules=spec.target_modules, feedforward_modules=feedforward, **common)
         return _of_lora(spec, hf, common, mask_row)
+
+
+def _with_head(modules: list[str], scoring: str | None) -> list[str]:
+    return list(modules) if scoring is None or scoring in modules else [*modules, scoring]
+
+
+def _not_saved(kind: str, scoring: str) -> InputError:
+    return InputError(
+        f"{kind} saves no other module with it, and the head that scores ({scoring}) is trained, too",
+        where="adapter.kind",
+        remedy="use lora or ia3",
+    )
 
 
 def _of_lora(spec: LoRA, hf: PreTrainedModel, common: dict[str, Any], mask_row: int | None) -> PeftConfig:
@@ -123,7 +140,7 @@ def _of_prompt(spec: PromptTuning | PrefixTuning | PTuning, common: dict[str, An
     )
 
 
-def _of_other(spec: OtherAdapter, common: dict[str, Any]) -> PeftConfig:
+def _of_other(spec: OtherAdapter, common: dict[str, Any], scoring: str | None) -> PeftConfig:
     types = {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     name = spec.type.upper()
     if name not in types:
@@ -144,7 +161,12 @@ def _of_other(spec: OtherAdapter, common: dict[str, Any]) -> PeftConfig:
             where="adapter.config.init_lora_weights",
             remedy="use pissa or olora",
         )
-    return types[name](**common, **spec.config)
+    given = dict(spec.config)
+    if scoring is not None:
+        if "modules_to_save" not in fields:
+            raise _not_saved(name, scoring)
+        given["modules_to_save"] = _with_head(given.get("modules_to_save") or [], scoring)
+    return types[name](**common, **given)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmtrain.errors import InputError
+from llmtrain.models.heads import CAUSAL
 from llmtrain.models.peft.config import CHANGING
 
 NAME = "default"
@@ -36,7 +37,14 @@ def inject(hf: PreTrainedModel, config: PeftConfig, computed: torch.dtype) -> Pe
     Args:
         computed: what weights are rounded to when they are computed with.
     """
-    model = get_peft_model(hf, config, NAME, autocast_adapter_dtype=False)
+    if config.task_type == CAUSAL.task_type:
+        model = get_peft_model(hf, config, NAME, autocast_adapter_dtype=False)
+    else:  # peft's own classes for these would save the head by another list than the configuration's
+        config.base_model_name_or_path = hf.name_or_path
+        model = PeftModel(hf, config, NAME, autocast_adapter_dtype=False)
+        targets = config.to_dict().get("target_modules")
+        if isinstance(targets, set | list):  # of all-linear peft takes the head of steps for one, which is saved whole
+            config.target_modules = set(targets) - set(config.modules_to_save)
     if changes_base(config):
         _check_rank(hf, model)
         model.add_adapter(INITIAL, _plain(config))

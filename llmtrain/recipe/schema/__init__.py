@@ -68,6 +68,18 @@ from llmtrain.recipe.schema.model import (
     SentencePieceTokenizer,
     Tokenizer,
 )
+from llmtrain.recipe.schema.preference import (
+    COMPARING,
+    DPO,
+    KTO,
+    ORPO,
+    REFERENCED,
+    SCORING,
+    Distillation,
+    ProcessReward,
+    RewardModel,
+    SimPO,
+)
 from llmtrain.recipe.schema.recipe import Recipe
 from llmtrain.recipe.schema.training import (
     WSD,
@@ -82,9 +94,15 @@ from llmtrain.recipe.schema.training import (
 )
 
 __all__ = [
+    "COMPARING",
     "DIFFUSION",
+    "DPO",
     "EMA",
     "IA3",
+    "KTO",
+    "ORPO",
+    "REFERENCED",
+    "SCORING",
     "SFT",
     "WSD",
     "AdamW",
@@ -102,6 +120,7 @@ __all__ = [
     "Data",
     "DeepSpeedEngine",
     "Diffusion",
+    "Distillation",
     "EarlyStopping",
     "Engine",
     "EngineOptions",
@@ -127,16 +146,19 @@ __all__ = [
     "ParquetSource",
     "PrefixTuning",
     "PretrainedTokenizer",
+    "ProcessReward",
     "PromptLearning",
     "PromptTuning",
     "PythonSource",
     "Recipe",
     "RecordSource",
+    "RewardModel",
     "Samples",
     "Schedule",
     "ScoreEntropy",
     "Section",
     "SentencePieceTokenizer",
+    "SimPO",
     "SingleEngine",
     "Source",
     "TextSource",

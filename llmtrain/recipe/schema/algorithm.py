@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from llmtrain.recipe.schema.base import PositiveFloat, PositiveInt, Section, Share
+from llmtrain.recipe.schema.preference import DPO, KTO, ORPO, Distillation, ProcessReward, RewardModel, SimPO
 
 
 class CausalLM(Section):
@@ -156,4 +157,18 @@ class ScoreEntropy(Diffusion):
 
 
 DIFFUSION = (MaskedDiffusion, BlockDiffusion, ScoreEntropy)
-Algorithm = Annotated[CausalLM | SFT | MaskedDiffusion | BlockDiffusion | ScoreEntropy, Field(discriminator="kind")]
+Algorithm = Annotated[
+    CausalLM
+    | SFT
+    | MaskedDiffusion
+    | BlockDiffusion
+    | ScoreEntropy
+    | RewardModel
+    | ProcessReward
+    | DPO
+    | KTO
+    | ORPO
+    | SimPO
+    | Distillation,
+    Field(discriminator="kind"),
+]

@@ -9,6 +9,7 @@ from llmtrain.recipe.schema.algorithm import DIFFUSION, BlockDiffusion, MaskedDi
 from llmtrain.recipe.schema.data import RecordSource
 from llmtrain.recipe.schema.engine import DeepSpeedEngine, FSDPEngine
 from llmtrain.recipe.schema.model import ModelFromPretrained
+from llmtrain.recipe.schema.preference import REFERENCED
 
 if TYPE_CHECKING:
     from llmtrain.recipe.schema.recipe import Recipe
@@ -21,6 +22,7 @@ def contradiction(recipe: Recipe) -> str | None:
         or (_of_deepspeed(recipe, recipe.engine) if isinstance(recipe.engine, DeepSpeedEngine) else None)
         or _of_data(recipe)
         or _of_adapter(recipe)
+        or _of_judged(recipe)
         or (_of_diffusion(recipe, recipe.algorithm) if isinstance(recipe.algorithm, DIFFUSION) else None)
     )
 
@@ -37,6 +39,31 @@ def _of_data(recipe: Recipe) -> str | None:
     for source in [*data.train, *(data.validation or [])]:
         if isinstance(source, RecordSource) and (source.columns or source.format not in ("auto", "text")):
             return f"format and columns of a data source are for algorithm sft; {kind} reads `field`"
+    return None
+
+
+def _of_judged(recipe: Recipe) -> str | None:
+    """Of answers that were judged, and of models that score."""
+    data, algorithm, kind = recipe.data, recipe.algorithm, recipe.algorithm.kind
+    if isinstance(algorithm, REFERENCED) and algorithm.reference == "adapter_off" and recipe.adapter is None:
+        return "algorithm.reference adapter_off needs an adapter to switch off; give one, or use cached"
+    if recipe.samples is not None and recipe.scores:
+        return f"samples are texts, and {kind} trains a model that scores and writes none; take samples away"
+    if not (recipe.compares or recipe.scores):
+        return None
+    if data.packing == "documents":
+        return f"data.packing documents would cut answers apart, which {kind} judges as wholes; use best_fit or none"
+    if data.overflow != "auto":
+        return f"data.overflow is not for {kind}: answers are judged as wholes, and those that do not fit are left out"
+    if data.train_on == "all":
+        return f"data.train_on all would count prompts, which are not judged by {kind}; use assistant"
+    if recipe.shares_prompts and isinstance(recipe.adapter, PromptLearning):
+        return f"adapter {recipe.adapter.kind} goes before each document; set algorithm.share_prompts: false"
+    if recipe.shares_prompts and recipe.model.attention == "flash_attention_2":
+        return (
+            "model.attention flash_attention_2 takes no mask, which shared prompts need; set algorithm.share_prompts: "
+            "false, or use auto or flex_attention"
+        )
     return None
 
 

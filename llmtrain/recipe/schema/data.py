@@ -24,6 +24,8 @@ Format = Literal[
     "alpaca",
     "prompt_completion",
     "preference",
+    "ranking",
+    "labelled",
     "prompt_only",
     "stepwise",
 ]
@@ -137,7 +139,9 @@ class Data(Section):
         "token that ends a turn counts with it.",
     )
     max_empty_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.05, description="For sft: the share of rows without a trained token above which the run does not begin."
+        0.05,
+        description="The share of examples without a trained token, or of groups of answers that teach nothing, above "
+        "which the run does not begin.",
     )
     cache_dir: str | None = Field(
         None, description="Where tokenised data is kept; default $LLMTRAIN_CACHE or ~/.cache/llmtrain."

@@ -13,11 +13,12 @@ from llmtrain.recipe.schema.combinations import contradiction
 from llmtrain.recipe.schema.data import Data
 from llmtrain.recipe.schema.engine import AutoEngine, Engine
 from llmtrain.recipe.schema.model import Model, ModelTokenizer, Tokenizer
+from llmtrain.recipe.schema.preference import COMPARING, KTO, SCORING, Distillation, ProcessReward
 from llmtrain.recipe.schema.training import AdamW, Batch, Schedule, exceeding
 
 # Of fine-tuning, by what is trained: that of TRL's SFT for the whole model, ten times that for adapters in the
 # layers ("LoRA Without Regret", 2025), and what the papers of the others use.
-DEFAULT_LR = {
+DEFAULT_LR: dict[str, float] = {
     "full": 2e-5,
     "lora": 2e-4,
     "peft": 2e-4,
@@ -25,6 +26,18 @@ DEFAULT_LR = {
     "prompt_tuning": 3e-2,
     "prefix_tuning": 1e-2,
     "p_tuning": 1e-3,
+}
+
+
+# Of preferences, by algorithm, for the whole model and for LoRA: TRL's defaults and the papers', ten times as much
+# for LoRA. There is none for other adapters.
+PREFERENCE_LR: dict[str, dict[str, float]] = {
+    "reward_model": {"full": 1e-5, "lora": 1e-4},
+    "process_reward": {"full": 1e-5, "lora": 1e-4},
+    "dpo": {"full": 1e-6, "lora": 1e-5},
+    "kto": {"full": 1e-6, "lora": 1e-5},
+    "orpo": {"full": 8e-6, "lora": 8e-5},
+    "simpo": {"full": 1e-6, "lora": 1e-5},
 }
 
 
@@ -92,8 +105,11 @@ class Recipe(Section):
 
     def _take_default_lr(self) -> None:
         if not self.fine_tunes:
-            raise ValueError("optimizer has no lr, and only fine-tuning (algorithm sft) has a default for it")
-        lr = DEFAULT_LR["full" if self.adapter is None else self.adapter.kind]
+            raise ValueError("optimizer has no lr, and only fine-tuning and learning from preferences have a default")
+        trained = "full" if self.adapter is None else self.adapter.kind
+        lr = PREFERENCE_LR.get(self.algorithm.kind, DEFAULT_LR).get(trained)
+        if lr is None:
+            raise ValueError(f"optimizer has no lr, and {self.algorithm.kind} with adapter {trained} has no default")
         # The section is frozen for its users; it is not in use yet.
         object.__setattr__(self, "optimizer", self.optimizer.model_copy(update={"lr": lr}))
 
@@ -107,7 +123,24 @@ class Recipe(Section):
     def fine_tunes(self) -> bool:
         """Whether the data are examples, of which some tokens are trained, rather than texts."""
         algorithm = self.algorithm
-        return isinstance(algorithm, SFT) or (isinstance(algorithm, DIFFUSION) and algorithm.task == "sft")
+        if isinstance(algorithm, DIFFUSION):
+            return algorithm.task == "sft"
+        return isinstance(algorithm, SFT | ProcessReward | Distillation) or self.compares
+
+    @property
+    def compares(self) -> bool:
+        """Whether the data are groups of answers to a prompt, judged as wholes."""
+        return isinstance(self.algorithm, (*COMPARING, KTO))
+
+    @property
+    def scores(self) -> bool:
+        """Whether the model gets a head that scores in place of the one that predicts tokens."""
+        return isinstance(self.algorithm, SCORING)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the answers to a prompt share its computation."""
+        return isinstance(self.algorithm, COMPARING) and self.algorithm.share_prompts
 
     @property
     def mask_token(self) -> str | None:

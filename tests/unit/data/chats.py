@@ -80,7 +80,8 @@ def data(**settings: Any) -> Data:
 
 
 def encoder(tokenizer: Any, **settings: Any) -> ExampleEncoder:
-    return ExampleEncoder(tokenizer, data(**settings))
+    section = data(**settings)
+    return ExampleEncoder(tokenizer, section.chat_template, section.train_on)
 
 
 def conversation(messages: list[Message], **more: Any) -> Conversation:

@@ -210,11 +210,12 @@ def test_examples_that_are_trained_on_nothing_by_themselves(tmp_path: Path, cach
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = byte_level_tokenizer(TEXTS)
     asked = chat_recipe(path)
-    halves = tokenised(asked.data.train[0], Examples(tokenizer, asked.data), 0.0, cache)
+    examples = Examples(tokenizer, asked.data)
+    halves = tokenised(asked.data.train[0], examples, 0.0, cache)
     corpus = replace(halves.train, trained=np.zeros(halves.train.num_tokens, np.uint8))
     plan, counts = plan_rows(corpus, "untrained", plan_settings(asked), cache)
     made = PlannedRows(corpus, plan, 48, 0, ragged=False)
-    half = SourceRows("data.train.0", asked.data.train[0], corpus, made, plan, counts, 0)
+    half = SourceRows("data.train.0", asked.data.train[0], examples, corpus, made, plan, counts, 0, {})
     with pytest.raises(InputError, match=r"9 of 9 documents .* \(9 have none at all\)") as caught:
         check_trained(half, chat_recipe(path, max_empty_share=1.0))  # no row at all
     assert caught.value.remedy is not None and "data.chat_template" in caught.value.remedy

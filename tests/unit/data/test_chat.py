@@ -381,7 +381,7 @@ def test_a_text_of_which_nothing_is_left_has_no_ids() -> None:
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        (Preference("a", "b", "c", "x:1"), "is for reward models and preference training"),
+        (Preference("a", "b", "c", "x:1"), "compared are for reward models and preference training"),
         (PromptOnly("a", {}, "x:1"), "is for reinforcement learning"),
         (Stepwise("a", ["b"], [True], "x:1"), "is for process reward models"),
     ],

@@ -54,7 +54,7 @@ def test_examples_are_filled_with_ends_of_text_that_are_trained(directory: Path,
 
 def test_an_example_of_which_nothing_is_left_stays_empty() -> None:
     class Nothing:
-        fingerprint, num_ids, chat_template, masked = "x", 1, None, True
+        fingerprint, num_ids, chat_template, masked, judged = "x", 1, None, True, False
 
         def encode(self, documents: Any) -> list[Tokens]:
             return [Tokens([], []), Tokens([1], [True])]

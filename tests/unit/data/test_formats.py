@@ -1,6 +1,7 @@
 """Formats: found from the first record, checked in every one, and what bad rows are told."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from pydantic import TypeAdapter
 from llmtrain.data.formats import (
     Conversation,
     Example,
+    Labelled,
     Preference,
     PromptCompletion,
     PromptOnly,
+    Ranking,
     Stepwise,
     Text,
     read_examples,
@@ -31,6 +34,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "a", "input": "", "output": "b"},
     "prompt_completion": {"prompt": "a", "completion": "b"},
     "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "ranking": {"prompt": "a", "completions": ["b", "c"], "ranks": [2, 1]},
+    "labelled": {"prompt": "a", "completion": "b", "label": True},
     "prompt_only": {"prompt": "a", "answer": 4},
     "stepwise": {"prompt": "a", "completions": ["b", "c"], "labels": [True, False]},
 }
@@ -80,6 +85,8 @@ def test_what_the_formats_hold(tmp_path: Path) -> None:
         "alpaca": Conversation(pair, ""),
         "prompt_completion": PromptCompletion("a", "b", ""),
         "preference": Preference("a", "b", "c", ""),
+        "ranking": Ranking("a", ["b", "c"], [2, 1], ""),
+        "labelled": Labelled("a", "b", True, ""),
         "prompt_only": PromptOnly("a", {"answer": 4}, ""),
         "stepwise": Stepwise("a", ["b", "c"], [True, False], ""),
     }
@@ -239,8 +246,21 @@ def test_two_formats_at_once_are_not_guessed(tmp_path: Path) -> None:
 
 def test_labelled_completions_are_not_all_imitated(tmp_path: Path) -> None:
     row = {"prompt": "a", "completion": "b", "label": False}
-    assert "unpaired preferences" in error_of(tmp_path, row).message
+    assert read(tmp_path, row) == [Labelled("a", "b", False, "")]
     assert read(tmp_path, row, format="prompt_completion") == [PromptCompletion("a", "b", "")]
+    assert read(tmp_path, row | {"label": "fiction"}) == [PromptCompletion("a", "b", "")]
+
+
+@pytest.mark.parametrize("margin", ["1", True, math.nan, math.inf, 1e300, 10**400])
+def test_margins_are_numbers(tmp_path: Path, margin: Any) -> None:
+    error = error_of(tmp_path, GOOD["preference"] | {"margin": margin})
+    assert error.message.startswith("margin is ") and error.message.endswith("not a number from -1e+06 to 1e+06")
+
+
+@pytest.mark.parametrize("rank", ["1", True, None, 0, 1.5, 2**24, 10**400])
+def test_ranks_are_whole_numbers(tmp_path: Path, rank: Any) -> None:
+    error = error_of(tmp_path, GOOD["ranking"] | {"ranks": [1, rank]})
+    assert error.message.startswith("ranks[1] is ") and "not a whole number from 1 to 1,000,000" in error.message
 
 
 # -------------------------------------------------------------------------------------- bad rows

@@ -136,6 +136,30 @@ def test_texts(llmtrain: Run, tmp_path: Path, packing: str) -> None:
         assert text.count("<|endoftext|>") == len(set(shown))
 
 
+@pytest.mark.parametrize(
+    ("kind", "row", "shown"),
+    [
+        (
+            "dpo",
+            {"prompt": "ask", "chosen": " good", "rejected": " bad"},
+            ["ask", "- rank 1 -", "[[ good<|endoftext|>]]", "- rank 2 -", "[[ bad<|endoftext|>]]"],
+        ),
+        ("kto", {"prompt": "ask", "completion": " fine", "label": False}, ["ask", "- bad -", "[[ fine<|endoftext|>]]"]),
+    ],
+)
+def test_answers_with_their_judgements(
+    llmtrain: Run, tmp_path: Path, kind: str, row: dict[str, Any], shown: list[str]
+) -> None:
+    path = write_recipe(tmp_path)
+    recipe = yaml.safe_load(path.read_text())
+    rows = [row, {**row, "prompt": "other"}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    path.write_text(yaml.safe_dump(recipe | {"algorithm": {"kind": kind}}))
+    out = llmtrain("data", "inspect", str(path)).out
+    (lines,) = [part.splitlines()[1:] for part in re.split(r"--- example ", out) if part.startswith("1:")]
+    assert lines[: len(shown)] == shown
+
+
 def test_on_a_terminal(tmp_path: Path) -> None:
     """Colours, unless NO_COLOR is set."""
     recipe = write_recipe(tmp_path)

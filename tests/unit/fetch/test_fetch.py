@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from llmtrain.data.formats import Preference, Stepwise, read_examples
 from llmtrain.evaluation.answers import find
 from llmtrain.evaluation.tasks import ExactMatch, load_task
 from llmtrain.fetch import smollm2
-from llmtrain.fetch.arithmetic import _Expression
+from llmtrain.recipe.schema import JSONLSource
 from tests.saved import CommandLine, assert_refused, write_model
 
 NEEDS_REASONING_GYM = "reasoning-gym is not installed: python -m pip install 'llmtrain[tasks]'"
@@ -72,20 +73,44 @@ def test_sums_are_worked_out_step_by_step(llmtrain: CommandLine) -> None:
     assert set(lengths) == {1, 2}
 
 
-@pytest.mark.parametrize(
-    ("text", "value", "steps"),
-    [
-        ("2 - -1", 3, ["2 - -1 = 3"]),
-        ("-( -( ( -59 + 21 ) - 40 ) ) + -96", -174, ["-59 + 21 = -38", "-38 - 40 = -78", "-78 + -96 = -174"]),
-        ("2 + 3 * 4 / 6", 4, ["3 * 4 = 12", "12 / 6 = 2", "2 + 2 = 4"]),
-        ("7 / 2", None, []),
-        ("7 / ( 3 - 3 )", None, ["3 - 3 = 0"]),
-    ],
-)
-def test_expressions(text: str, value: int | None, steps: list[str]) -> None:
-    noted: list[str] = []
-    assert _Expression(text, noted).value() == value
-    assert noted == steps
+@pytest.mark.parametrize("name", ["chain-sum", "basic-arithmetic"])
+def test_pairs_and_steps(llmtrain: CommandLine, name: str) -> None:
+    pytest.importorskip("reasoning_gym", reason=NEEDS_REASONING_GYM)
+    settings = ("--rows", 200, "--test-rows", 40)
+    done = llmtrain("fetch", name, "--output", "data", *settings)
+    assert "; pairs.jsonl (" in done.out and "test-steps.jsonl (" in done.out
+    task = load_task(Path("data/task.yaml")).task
+    assert isinstance(task, ExactMatch)
+    for prefix, file in (("", "train"), ("test-", "test")):
+        asked = {row["messages"][0]["content"]: row for row in rows(f"data/{file}.jsonl")}
+        pairs, steps = rows(f"data/{prefix}pairs.jsonl"), rows(f"data/{prefix}steps.jsonl")
+        assert len(asked) * 0.95 < len(pairs) <= len(asked) and len(steps) == 2 * len(pairs)
+        for pair, right, wrong in zip(pairs, steps[::2], steps[1::2], strict=True):
+            assert pair["prompt"] == right["prompt"] == wrong["prompt"]
+            row = asked[pair["prompt"][0]["content"]]
+            assert pair["chosen"] == [row["messages"][1]] and pair["answer"] == row["answer"]
+            rejected = pair["rejected"][0]["content"]
+            assert find(rejected, task.extract, task.match) not in (None, row["answer"])
+            assert "\n".join(right["completions"]) == pair["chosen"][0]["content"] and all(right["labels"])
+            assert "\n".join(wrong["completions"]) == rejected
+            same = [one == other for one, other in zip(right["completions"], wrong["completions"], strict=True)]
+            first = same.index(False)
+            assert wrong["labels"] == [True] * first + [False] * (len(same) - first)
+    sources = {kind: JSONLSource(kind="jsonl", paths=[f"data/{kind}.jsonl"]) for kind in ("pairs", "steps")}
+    assert {type(one) for one in read_examples(sources["pairs"])} == {Preference}
+    assert {type(one) for one in read_examples(sources["steps"])} == {Stepwise}
+    slips = [pair["slip"] for pair in rows("data/pairs.jsonl")]
+    assert min(slips.count(kind) for kind in ("off by one", "wrong operation", "swapped digits")) > 3
+    llmtrain("fetch", name, "--output", "again", *settings)
+    for path in Path("data").iterdir():
+        assert path.read_bytes() == (Path("again") / path.name).read_bytes()
+
+
+def test_texts_of_their_own_have_no_slips(llmtrain: CommandLine) -> None:
+    pytest.importorskip("reasoning_gym", reason=NEEDS_REASONING_GYM)
+    done = llmtrain("fetch", "gsm-symbolic", "--output", "data", "--rows", 5, "--test-rows", 5)
+    assert "pairs" not in done.out
+    assert {file.name for file in Path("data").iterdir()} == {"train.jsonl", "test.jsonl", "task.yaml", "train.yaml"}
 
 
 def test_the_task_is_ready(llmtrain: CommandLine, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from llmtrain.models.attention import (
     coin,
     dense,
     either,
+    shared_prompts,
     within,
 )
 from tests import tiny
@@ -33,11 +34,27 @@ BLOCKS = POSITIONS // 3
 ROWS, LENGTH = DOCUMENTS.shape
 TWICE = torch.cat([DOCUMENTS, DOCUMENTS], dim=1), torch.cat([BLOCKS, BLOCKS], dim=1)
 
+# A prompt with two answers, another with one, padding; a prompt with three answers; groups without a prompt, padding.
+SEGMENTS = torch.tensor(
+    [
+        [256, 256, 257, 257, 258, 512, 513, 513, 0, 0],
+        [256, 256, 256, 257, 258, 258, 258, 259, 259, 259],
+        [257, 257, 258, 513, 513, 0, 0, 0, 0, 0],
+    ]
+)
+
 Rule = Callable[[int, int, int], bool]
 
 
 def same_document(row: int, query: int, key: int) -> bool:
     return DOCUMENTS[row, query].item() == DOCUMENTS[row, key].item()
+
+
+def prompt_or_same_answer(row: int, query: int, key: int) -> bool:
+    (group, answer), (other_group, other) = (divmod(int(SEGMENTS[row, place]), 256) for place in (query, key))
+    if not group:
+        return query == key
+    return key <= query and group == other_group and other in (0, answer)
 
 
 def published(row: int, query: int, key: int) -> bool:
@@ -76,6 +93,7 @@ PREDICATES: dict[str, tuple[Visible, Rule, int]] = {
         lambda row, query, key: same_document(row, query, key) and BLOCKS[row, key].item() <= BLOCKS[row, query].item(),
         LENGTH,
     ),
+    "shared_prompts": (shared_prompts(SEGMENTS), prompt_or_same_answer, LENGTH),
     "either": (
         either(causal, within(DOCUMENTS), within(BLOCKS)),
         lambda row, query, key: (

@@ -16,8 +16,9 @@ from llmtrain.errors import InputError
 from llmtrain.models.attention import bidirectional
 from llmtrain.models.decoder import Decoder
 from llmtrain.models.diffusion import Diffusion
-from llmtrain.models.hub import known_diffusion, load_weights, open_config, open_model
+from llmtrain.models.hub import open_model
 from llmtrain.models.llada import llada_name, llama_name, save_llada
+from llmtrain.models.loading import known_diffusion, load_weights, open_config
 from llmtrain.models.saved import load_saved
 from llmtrain.models.saving import save_pretrained
 from llmtrain.observe.metrics import read_metrics

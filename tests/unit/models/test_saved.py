@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +45,14 @@ def test_an_adapter_computes_what_peft_does(base: Path, tmp_path: Path, kind: st
     torch.testing.assert_close(saved.logits(IDS), plain_logits(base, adapter), rtol=1e-5, atol=1e-5)
     assert (saved.logits(IDS) - load_saved(str(base)).logits(IDS)).abs().max() > 0.01
     assert saved.window == (64 if saved.virtual is None else 59)
+
+
+def test_transformers_draws_no_progress_of_its_own(base: Path) -> None:
+    """In a process of its own: whatever else was imported here may have silenced it."""
+    program = f"from llmtrain.models.saved import load_saved; load_saved({str(base)!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Loading weights" not in done.stderr
 
 
 def test_a_run_means_its_final_model(base: Path, tmp_path: Path) -> None:

@@ -49,7 +49,11 @@ CASES = [
         "",
         "1: missing key 'schedule' (kind constant, linear, cosine, wsd)",
     ),
-    ("{lr: 1e-3}", "{eps: 1e-8}", "14: optimizer has no lr, and only fine-tuning (algorithm sft) has a default for it"),
+    (
+        "{lr: 1e-3}",
+        "{eps: 1e-8}",
+        "14: optimizer has no lr, and only fine-tuning and learning from preferences have a default",
+    ),
     ("kind: cosine", "kind: wsd", "15: schedule: missing key 'decay_steps' (Steps of the final decay)"),
     ("{kind: text, ", "{", "12: data.train.0: missing key 'kind'; allowed: text, jsonl, parquet, python, huggingface"),
     ("  kind: config\n", "", "5: model: missing key 'kind'; allowed: config, pretrained, gguf"),
@@ -80,8 +84,9 @@ CASES = [
     ("kind: cosine", "kind: 3", "15: schedule.kind: 3 is not allowed; allowed: constant, linear, cosine, wsd"),
     (
         "kind: causal_lm",
-        "kind: grpo",
-        "13: algorithm.kind: the text 'grpo' is not allowed; allowed: causal_lm, sft, masked_diffusion, block_diffusion, score_entropy",
+        "kind: a2c",
+        "13: algorithm.kind: the text 'a2c' is not allowed; allowed: causal_lm, sft, masked_diffusion, block_diffusion, "
+        "score_entropy, reward_model, process_reward, dpo, kto, orpo, simpo, distillation",
     ),
     (
         "steps: 100",
@@ -103,7 +108,11 @@ CASES = [
         "lr: '1e-3'",
         "14: optimizer.lr: expected a number, given the text '1e-3'; write it as plain digits, without quotes or separators",
     ),
-    ("lr: 1e-3", "lr: null", "14: optimizer has no lr, and only fine-tuning (algorithm sft) has a default for it"),
+    (
+        "lr: 1e-3",
+        "lr: null",
+        "14: optimizer has no lr, and only fine-tuning and learning from preferences have a default",
+    ),
     ("lr: 1e-3", "lr: .inf", "14: optimizer.lr: expected a finite number, given inf"),
     ("lr: 1e-3", "lr: .nan", "14: optimizer.lr: expected a finite number, given nan"),
     ("name: minimal", "name: 12", "1: name: expected text, given 12; put it in quotes"),

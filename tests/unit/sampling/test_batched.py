@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,27 @@ def test_a_row_draws_the_same_in_any_company(saved: Saved) -> None:
     assert together == in_parts == backwards
     assert len({completion.ids for completion in together}) == len(requests)
     assert answers(saved, requests, Sampling(max_new_tokens=10, temperature=1.0, seed=4)) != together
+
+
+def test_batches_are_filled_by_how_long_answers_get(base: Path) -> None:
+    saved = load_saved(str(base))
+    shapes: list[tuple[int, int]] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        rows, new = kwargs["input_ids"].shape
+        shapes.append((rows, kwargs["past_key_values"].get_seq_length() + new))
+
+    saved.decoder.register_forward_pre_hook(note, with_kwargs=True)
+    requests = [Request(ids, row) for row, ids in enumerate(prompts(60, longest=8))]
+    sampling = Sampling(max_new_tokens=50, temperature=1.0)
+    done = answers(saved, requests, sampling, ends=(1, *range(3, 25)), batch_tokens=400)  # about 4 tokens each
+    assert max(rows * width for rows, width in shapes) <= 400
+    assert max(rows for rows, _ in shapes) > 2 * 400 // 50, "more than answers of 50 tokens would leave room for"
+    longest = max(len(completion.ids) for completion in done)
+    assert longest > 8, "some did not fit where they were begun"
+    shapes.clear()
+    assert answers(saved, requests, sampling, ends=(1, *range(3, 25)), batch_tokens=1) == done
+    assert {rows for rows, _ in shapes} == {1}
 
 
 def test_what_the_models_files_say_of_sampling_does_not_hold(base: Path) -> None:

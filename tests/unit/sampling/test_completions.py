@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmtrain.sampling import completions
+from llmtrain.sampling import partial
 from tests.saved import CommandLine, assert_refused, write_adapter, write_model
 
 
@@ -64,20 +64,20 @@ def test_an_interrupted_command_goes_on(llmtrain: CommandLine, model: Path, monk
     assert llmtrain("generate", model, *FILES).code == 0
     whole = Path("out.jsonl").read_text()
     Path("out.jsonl").unlink()
-    append, entries = completions._append, []
+    append, entries = partial._append, []
 
     def killed(file: Any, entry: Any) -> None:
         if len(entries) == 3:
-            file.write('{"row": 2, "comple')  # what the kill cut off
+            file.write('{"unit": [2], "comple')  # what the kill cut off
             file.flush()
             raise KeyboardInterrupt
         entries.append(entry)
         append(file, entry)
 
-    monkeypatch.setattr(completions, "_append", killed)
+    monkeypatch.setattr(partial, "_append", killed)
     done = llmtrain("generate", model, *FILES)
     assert (done.code, done.err.splitlines()[-1]) == (130, "interrupted; the same command goes on from there")
-    monkeypatch.setattr(completions, "_append", append)
+    monkeypatch.setattr(partial, "_append", append)
     assert not Path("out.jsonl").exists()
     assert_refused(llmtrain("generate", model, *FILES, "--seed", 1), "out.jsonl.partial is what another command")
     done = llmtrain("generate", model, *FILES)

@@ -77,7 +77,7 @@ def test_in_chunks_as_in_one(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) 
     canvas = lay_out(DRAFTS, MASKED, None, 2).canvas
     denoiser = Denoiser(decoder, MASKED, CPU, guidance=1.5)
     whole = denoiser.logits(canvas, places(canvas))
-    monkeypatch.setattr(loss_head, "_rows_per_chunk", lambda hidden, weight: 2)
+    monkeypatch.setattr(loss_head, "rows_per_chunk", lambda hidden, weight: 2)
     parts: list[slice] = []
 
     def seen(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:

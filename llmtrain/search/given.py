@@ -1,0 +1,158 @@
+"""What the commands are given that sample answers to a task's questions: the task, how to sample, a reward model."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmtrain.errors import InputError
+from llmtrain.evaluation.questions import (
+    Question,
+    Task,
+    answer_in,
+    check_questions_fit,
+    generator_for,
+    read_questions,
+)
+from llmtrain.evaluation.tasks import ExactMatch, LoadedTask, Math, load_task
+from llmtrain.models.saved import Saved
+from llmtrain.models.steps import Aggregate
+from llmtrain.sampling.autoregressive import GREEDY_BELOW
+from llmtrain.sampling.batched import Sampling
+from llmtrain.sampling.command import ModelChoice
+from llmtrain.sampling.completions import check_output
+from llmtrain.sampling.generators import Generator
+from llmtrain.search.scoring import Grader
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn; the task has its own settings, which are for measuring.
+
+    Attributes:
+        num: answers to a question.
+        max_new_tokens: None is the task's.
+        limit: only so many questions.
+        batch_tokens: about so many positions are computed at once.
+    """
+
+    num: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    seed: int = 0
+    limit: int | None = None
+    batch_tokens: int = 8192
+
+    def check(self, num: int, where: str) -> None:
+        """Raises InputError where `num` answers, which the option `where` asks for, would be one."""
+        if num > 1 and self.temperature < GREEDY_BELOW:
+            raise InputError(
+                f"{self.temperature:g}: the {num} samples of a greedy model are all the same",
+                where="--temperature",
+                remedy=f"give one above 0, such as 1, or {where} 1",
+            )
+
+
+@dataclass(frozen=True)
+class RewardChoice:
+    """A reward model that judges answers.
+
+    Attributes:
+        name: a run, model or adapter directory, or a hub name.
+        base: the model under it, where it is an adapter and not the one that it names.
+        aggregate: of a process model's steps; None is product.
+    """
+
+    name: str
+    base: str | None = None
+    aggregate: Aggregate | None = None
+
+    def load(self, beside: ModelChoice, batch_tokens: int) -> Grader:
+        """Holds it as the policy, `beside`, is held.
+
+        Raises:
+            InputError: it is not there, or does not score.
+        """
+        try:
+            scorer = replace(beside, name=self.name, base=self.base).load_scorer()
+            return Grader(scorer, self.aggregate, batch_tokens)
+        except InputError as error:  # it names the arguments of commands that have one model, or none
+            where = {"": "--scorer", "MODEL_OR_RUN": "--scorer", "--base": "--scorer-base"}
+            given = error.where or ""
+            remedy = error.remedy and error.remedy.replace("--base", "--scorer-base")
+            raise InputError(error.message, where=where.get(given, given), remedy=remedy) from None
+
+
+def load_questions_task(file: Path) -> tuple[LoadedTask, Task]:
+    """A task with questions that are answered in words.
+
+    Raises:
+        InputError: it is none, or a mistake is in it.
+    """
+    loaded = load_task(file)
+    if not isinstance(loaded.task, ExactMatch | Math):
+        raise InputError(
+            f"kind {loaded.task.kind} has no questions that a model answers in words",
+            where=loaded.where("kind"),
+            remedy="give a task of kind exact_match or math",
+        )
+    return loaded, loaded.task
+
+
+def check_outputs(files: dict[str, Path | None]) -> None:
+    """Raises InputError where a file that is to be written, by its option, exists, or two are one."""
+    given = {where: file for where, file in files.items() if file is not None}
+    for where, file in given.items():
+        check_output(file, where)
+        twin = next((other for other, path in given.items() if other != where and path == file), None)
+        if twin is not None:
+            raise InputError(f"{file} is that of {twin}, too", where=where, remedy="name another file")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model and the questions that it is asked.
+
+    Attributes:
+        generator: draws as the user said.
+    """
+
+    loaded: LoadedTask
+    task: Task
+    saved: Saved
+    questions: Sequence[Question]
+    generator: Generator
+
+    @classmethod
+    def load(
+        cls, choice: ModelChoice, loaded: LoadedTask, task: Task, drawing: Drawing, answered: bool = True
+    ) -> "Asked":
+        """
+        Args:
+            answered: each question has a right answer.
+
+        Raises:
+            InputError: the model is not there, a row is wrong, or a prompt leaves no room for an answer.
+        """
+        saved = choice.load()
+        questions = read_questions(loaded, task, saved, drawing.limit, answered)
+        sampling = Sampling(
+            drawing.max_new_tokens or task.max_new_tokens,
+            drawing.temperature,
+            drawing.top_p,
+            drawing.seed,
+            tuple(task.stop),
+        )
+        generator = generator_for(loaded, task, saved, sampling, drawing.batch_tokens)
+        check_questions_fit(saved, questions, generator)
+        return cls(loaded, task, saved, questions, generator)
+
+    def is_correct(self, question: Question, text: str) -> bool:
+        """Whether the answer in a text is right."""
+        answer = answer_in(self.task, text)
+        return answer is not None and question.is_right(answer)
+
+    def is_formatted(self, text: str) -> bool | None:
+        """Whether the task's format matches a text; None where it has none."""
+        return None if self.task.format is None else re.fullmatch(self.task.format, text, re.DOTALL) is not None

@@ -1,0 +1,94 @@
+"""Recipes of learning from preferences: their default learning rates, and settings that contradict each other."""
+
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from llmtrain.recipe.schema import Recipe
+from tests.unit.recipe.minimal import MINIMAL
+
+LORA = {"kind": "lora"}
+JUDGED = ("reward_model", "process_reward", "dpo", "kto", "orpo", "simpo")
+
+
+def recipe(algorithm: dict[str, Any], **overrides: Any) -> Recipe:
+    base = yaml.safe_load(MINIMAL) | {
+        "model": {"kind": "pretrained", "path": "model"},
+        "tokenizer": {"kind": "model"},
+        "data": {"train": [{"kind": "jsonl", "paths": ["a.jsonl"]}]},
+        "optimizer": {"weight_decay": 0.0},
+    }
+    base["data"] |= overrides.pop("data", {})
+    return Recipe.model_validate(base | {"algorithm": algorithm} | overrides)
+
+
+@pytest.mark.parametrize(
+    ("kind", "full", "lora"),
+    [
+        ("reward_model", 1e-5, 1e-4),
+        ("process_reward", 1e-5, 1e-4),
+        ("dpo", 1e-6, 1e-5),
+        ("kto", 1e-6, 1e-5),
+        ("orpo", 8e-6, 8e-5),
+        ("simpo", 1e-6, 1e-5),
+    ],
+)
+def test_default_learning_rates(kind: str, full: float, lora: float) -> None:
+    assert recipe({"kind": kind}).peak_lr == full
+    assert recipe({"kind": kind}, adapter=LORA).peak_lr == lora
+    with pytest.raises(ValidationError, match=f"{kind} with adapter ia3 has no default"):
+        recipe({"kind": kind}, adapter={"kind": "ia3"})
+    assert recipe({"kind": kind}, adapter={"kind": "ia3"}, optimizer={"lr": 1e-3}).peak_lr == 1e-3
+
+
+def test_distillation_learns_as_fine_tuning_does() -> None:
+    assert recipe({"kind": "distillation", "teacher": {"kind": "pretrained", "path": "teacher"}}).peak_lr == 2e-5
+
+
+@pytest.mark.parametrize("kind", JUDGED)
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"packing": "documents"}, "would cut answers apart"),
+        ({"overflow": "split"}, "those that do not fit are left out"),
+        ({"train_on": "all"}, "would count prompts"),
+    ],
+)
+def test_answers_are_judged_as_wholes(kind: str, data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        recipe({"kind": kind}, data=data)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_an_adapter_to_switch_off(kind: str) -> None:
+    with pytest.raises(ValidationError, match="needs an adapter to switch off"):
+        recipe({"kind": kind, "reference": "adapter_off"})
+    recipe({"kind": kind, "reference": "adapter_off"}, adapter=LORA)
+
+
+@pytest.mark.parametrize("kind", ["reward_model", "process_reward"])
+def test_models_that_score_write_no_samples(kind: str) -> None:
+    with pytest.raises(ValidationError, match="trains a model that scores and writes none"):
+        recipe({"kind": kind}, samples={"prompts": ["a"], "every": 10})
+
+
+@pytest.mark.parametrize("kind", ["reward_model", "dpo", "orpo", "simpo"])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model": {"kind": "pretrained", "path": "model", "attention": "flash_attention_2"}}, "takes no mask"),
+        ({"adapter": {"kind": "prompt_tuning"}, "optimizer": {"lr": 1e-3}}, "goes before each document"),
+    ],
+)
+def test_prompts_that_cannot_be_shared(kind: str, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        recipe({"kind": kind}, **overrides)
+    assert not recipe({"kind": kind, "share_prompts": False}, **overrides).shares_prompts
+
+
+def test_label_smoothing_is_for_the_sigmoid_loss() -> None:
+    assert recipe({"kind": "dpo", "label_smoothing": 0.1}).algorithm.kind == "dpo"
+    with pytest.raises(ValidationError, match="label_smoothing is for loss sigmoid, not ipo"):
+        recipe({"kind": "dpo", "label_smoothing": 0.1, "loss": "ipo"})
