@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from tests.bench import checkpoint, communication, diffusion, loop, pretrain, sft
+from tests.bench import checkpoint, communication, diffusion, dpo, loop, pretrain, reward, sft
 from tests.bench.harness import PeerMissing
 
 BENCHES = {
@@ -12,6 +12,8 @@ BENCHES = {
     "loop": loop.bench,
     "sft": sft.bench,
     "diffusion": diffusion.bench,
+    "reward": reward.bench,
+    "dpo": dpo.bench,
     "checkpoint": checkpoint.bench,
     "communication": communication.bench,
 }

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
 from llmtrain.data.python_tree import read
 from llmtrain.data.tokenizer import load_tokenizer
@@ -102,16 +102,8 @@ def best_packing(work: Path, method: str, precision: str) -> str:
 def write_inputs(work: Path, layers: int) -> None:
     """Model, tokenizer with a chat template, conversations, and our recipe."""
     documents = [text for text in read(PythonSource(kind="python", content="docstrings")) if len(text) < 2000]
-    spec = SentencePieceTokenizer(
-        kind="sentencepiece", vocab_size=8192, special_tokens=["<|im_start|>", "<|im_end|>"], max_bytes=4_000_000
-    )
     model = work / "model"
-    model.mkdir()
-    train_sentencepiece(documents, spec, model)
-    tokenizer = load_tokenizer(str(model))
-    tokenizer.chat_template = CHATML
-    tokenizer.eos_token = "<|im_end|>"
-    tokenizer.save_pretrained(model)
+    tokenizer = write_tokenizer(model, documents)
     torch.manual_seed(0)
     config = LlamaConfig(**{**SMOLLM2, "num_hidden_layers": layers}, eos_token_id=tokenizer.eos_token_id)
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
@@ -126,3 +118,17 @@ def write_inputs(work: Path, layers: int) -> None:
     recipe["model"]["path"], recipe["data"]["train"][0]["paths"] = str(model), [str(work / "chats.jsonl")]
     recipe["data"]["cache_dir"] = str(work / "cache")
     (work / "sft.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def write_tokenizer(directory: Path, documents: list[str]) -> PreTrainedTokenizerBase:
+    """Trains a tokenizer with a chat template, saves it in `directory`, which it makes, and returns it."""
+    spec = SentencePieceTokenizer(
+        kind="sentencepiece", vocab_size=8192, special_tokens=["<|im_start|>", "<|im_end|>"], max_bytes=4_000_000
+    )
+    directory.mkdir()
+    train_sentencepiece(documents, spec, directory)
+    tokenizer = load_tokenizer(str(directory))
+    tokenizer.chat_template = CHATML
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(directory)
+    return tokenizer

@@ -1,0 +1,9 @@
+"""Reward models: ours against TRL's RewardTrainer on the same pairs; see `preference.py`."""
+
+from typing import Any
+
+from tests.bench import preference
+
+
+def bench(quick: bool) -> dict[str, Any]:
+    return preference.bench("reward", quick)
