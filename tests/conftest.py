@@ -4,8 +4,13 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.saved import CommandLine
 
 # Before any test module imports transformers or datasets, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,3 +39,12 @@ def _own_log_handlers() -> Iterator[None]:
         if handler not in before:
             root.removeHandler(handler)
             handler.close()
+
+
+@pytest.fixture
+def llmtrain(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "CommandLine":
+    """Runs command lines in this process, in an empty directory."""
+    from tests.saved import CommandLine  # which imports transformers
+
+    monkeypatch.chdir(tmp_path)
+    return CommandLine(capfd)

@@ -35,12 +35,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return written | {"autoregressive": write_model(base / "autoregressive")}
 
 
-@pytest.fixture
-def llmtrain(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(capfd)
-
-
 def write_task(*rows: Any, **settings: Any) -> None:
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or ROWS))
     task = {"kind": "multiple_choice", "data": "rows.jsonl", "prompt": "{question}"}

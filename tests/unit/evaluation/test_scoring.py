@@ -33,12 +33,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return written | {"autoregressive": write_model(base / "autoregressive")}
 
 
-@pytest.fixture
-def llmtrain(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(capfd)
-
-
 def write_task(**settings: Any) -> Path:
     Path("texts.txt").write_text("\n".join(TEXTS) + "\n")
     task = {"kind": "perplexity", "data": [{"kind": "text", "paths": ["texts.txt"], "document": "line"}]} | settings

@@ -36,12 +36,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture
-def llmtrain(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(capfd)
-
-
 def write_task(*rows: Any, **settings: Any) -> None:
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or ROWS))
     Path("steps.yaml").write_text(json.dumps({"kind": "steps", "data": "rows.jsonl"} | settings))

@@ -35,12 +35,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def llmtrain(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(capfd)
-
-
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     found: Tensor = model.eval()(input_ids=IDS).logits

@@ -29,12 +29,6 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture
-def llmtrain(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(capfd)
-
-
 def with_template(directory: Path) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = TEMPLATE

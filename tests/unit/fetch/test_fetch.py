@@ -19,12 +19,6 @@ from tests.saved import CommandLine, assert_refused, write_model
 NEEDS_REASONING_GYM = "reasoning-gym is not installed: python -m pip install 'llmtrain[tasks]'"
 
 
-@pytest.fixture
-def llmtrain(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(capfd)
-
-
 def rows(file: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(file).read_text().splitlines()]
 

@@ -16,12 +16,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("completions") / "model")
 
 
-@pytest.fixture
-def llmtrain(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(capfd)
-
-
 def write_rows(*rows: Any, file: str = "in.jsonl") -> None:
     Path(file).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
