@@ -13,7 +13,7 @@ a model nor a loss. Trainable models are keyed by name ("policy", later "critic"
 engines, loss sums and weights.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +22,9 @@ import torch
 from torch import Tensor, nn
 
 POLICY = "policy"  # the name of the only trainable model, where there is one
+
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Names what goes on inside its context: for the watchdog, which knows how long each may take."""
 
 
 class Sum(NamedTuple):

@@ -58,7 +58,8 @@ def draw_lines(file: Path, lines: Sequence[Line], *, title: str, x: str, y: str)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.set(xlabel=x, ylabel=y)
+        axes.set_title(title, parse_math=False)  # a name may hold a $
         axes.grid(visible=True, which="major", alpha=0.3)
         axes.legend()
         # An SVG has the day on which it was drawn, unless that is taken out.

@@ -109,8 +109,9 @@ def _train(recipe: Recipe, batch: BatchPlan, directory: RunDirectory, world: Wor
         check_shares_prompts(decoder, recipe)
     flops = _counted_flops(decoder, recipe)
     engine = engines.prepare(blueprint, recipe, world)
-    _check_model(decoder, engine, recipe)  # before the data: a mistake here shall not wait for them
-    teacher = _teacher(recipe, tokenizer, world)
+    # Before the data: a mistake here shall not wait for them.
+    _check_model(decoder, engine, recipe, batch.micro_sequences)
+    teacher = _teacher(recipe, batch, tokenizer, world)
     datasets = prepare_data(recipe, tokenizer, cache)
     _check_same_data(datasets)
     num_steps = recipe.steps or math.ceil((recipe.epochs or 0) * datasets.steps_per_epoch(batch.sequences))
@@ -186,14 +187,14 @@ def _switch(adapter: "Adapter") -> AdapterOff:
     return lambda: disabled(adapter)
 
 
-def _teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, world: World) -> FrozenModel | None:
+def _teacher(recipe: Recipe, batch: BatchPlan, tokenizer: PreTrainedTokenizerBase, world: World) -> FrozenModel | None:
     """The teacher of a distillation, on the recipe's backend."""
     if not isinstance(recipe.algorithm, Distillation):
         return None
     check_tokenizer(recipe, tokenizer)
     blueprint = open_other_model(recipe.algorithm.teacher, recipe, tokenizer, where="algorithm.teacher")
     teacher = engines.prepare_frozen(blueprint, recipe, world)
-    check_teacher(recipe, teacher, blueprint.decoder, world.device)
+    check_teacher(recipe, teacher, blueprint.decoder, world.device, batch.micro_sequences)
     return teacher
 
 
@@ -266,7 +267,7 @@ def _check_same_data(datasets: Datasets) -> None:
             )
 
 
-def _check_model(decoder: Decoder, engine: Engine, recipe: Recipe) -> None:
+def _check_model(decoder: Decoder, engine: Engine, recipe: Recipe, num_rows: int) -> None:
     """Asks the model as it will run: some attention kernels take neither CPU tensors nor float32."""
     with engine.evaluating():
         asked = Asked(engine.model, decoder, engine.device, exact=recipe.precision == "fp32")
@@ -278,7 +279,7 @@ def _check_model(decoder: Decoder, engine: Engine, recipe: Recipe) -> None:
         if recipe.shares_prompts:
             check_attends_as_told(asked)
         if recipe.packing != "none":
-            check_document_isolation(asked)
+            check_document_isolation(asked, num_rows)
 
 
 def _describe(recipe: Recipe, batch: BatchPlan, datasets: Datasets, num_steps: int, peak: str) -> None:

@@ -1,6 +1,7 @@
 """A student, a teacher and conversations, put together as a run does."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,8 @@ def case(directory: Path, *, engine: dict[str, Any] | None = None, **algorithm: 
     held_out = evaluation_batches(datasets.validation, 16, 4, rank=0, world_size=1)
     template = datasets.documents.chat_template
     plan, decoder = BatchPlan(8, 4, 2, 1), blueprint.decoder
-    made = distilled(recipe, plan, loader, held_out, student, teacher, decoder, tokenizer, template, tiny.ALONE)
+    around = (student, teacher, decoder, tokenizer, template, tiny.ALONE, nullcontext)
+    made = distilled(recipe, plan, loader, held_out, *around)
     return Case(recipe, tokenizer, datasets, student, teacher.model, made, loader)
 
 

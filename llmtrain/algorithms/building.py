@@ -65,7 +65,17 @@ def build_algorithm(
         assert around.teacher is not None, "run.py opens it"
         template = datasets.documents.chat_template
         parts = distilled(
-            recipe, batch, loader, batches, around.engine, around.teacher, decoder, tokenizer, template, world
+            recipe,
+            batch,
+            loader,
+            batches,
+            around.engine,
+            around.teacher,
+            decoder,
+            tokenizer,
+            template,
+            world,
+            around.phases,
         )
         return Supervised(*parts, TextSamples(*asked), datasets.fingerprint)
     if isinstance(algorithm, schema.CausalLM | schema.SFT):

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtrain.algorithms.on_policy import OnPolicy
 from llmtrain.algorithms.texts import HeldOut, Loss, bytes_of
-from llmtrain.contracts import POLICY, Engine, FrozenModel, LossOutput, MicroBatch
+from llmtrain.contracts import POLICY, Engine, FrozenModel, LossOutput, MicroBatch, Phase
 from llmtrain.data.loader import Loader
 from llmtrain.data.tokenizer import load_tokenizer, num_ids, pad_id
 from llmtrain.distributed import World
@@ -113,6 +113,7 @@ def distilled(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: Any,
     world: World,
+    phases: Phase,
 ) -> Distilled:
     """The recipe's distillation; all ranks call it.
 
@@ -121,6 +122,7 @@ def distilled(
         held_out: this rank's micro-batches to measure on.
         engine: of the student, whose `decoder` is as it was before it was wrapped.
         chat_template: of the data, which may not be the tokenizer's own; None without one.
+        phases: names what goes on, for a watchdog.
     """
     settings = recipe.algorithm
     assert isinstance(settings, schema.Distillation)
@@ -149,7 +151,7 @@ def distilled(
 
     def write(prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         # Not an average of weights: on-policy is what the weights that are trained would write.
-        with engine.evaluating(averaged=False), uncompiled(decoder):
+        with phases("compute"), engine.evaluating(averaged=False), uncompiled(decoder):
             return rollout(engine.model, prompts, seeds, writing, engine.device)
 
     on_policy = OnPolicy(
@@ -158,11 +160,12 @@ def distilled(
     return Distilled(taught.loss, on_policy.micro_batches, measured)
 
 
-def check_teacher(recipe: Recipe, teacher: FrozenModel, decoder: Decoder, device: torch.device) -> None:
+def check_teacher(recipe: Recipe, teacher: FrozenModel, decoder: Decoder, device: torch.device, num_rows: int) -> None:
     """Asks the teacher as it will run; all ranks call it.
 
     Args:
         decoder: of the teacher, as it was before it was wrapped.
+        num_rows: of a micro-batch.
 
     Raises:
         InputError: its logits are not its head on its hidden states, or it does not read rows as they are packed.
@@ -173,7 +176,7 @@ def check_teacher(recipe: Recipe, teacher: FrozenModel, decoder: Decoder, device
             check_head(asked)
             check_causality(asked)
             if recipe.packing != "none":
-                check_document_isolation(asked)
+                check_document_isolation(asked, num_rows)
     except InputError as error:
         where = _TEACHER if error.where == "model" else error.where
         raise InputError(f"the teacher: {error.message}", where=where, remedy=error.remedy) from error

@@ -14,9 +14,9 @@ from llmtrain.algorithms import dpo, kto, orpo, process_reward, reward_model, si
 from llmtrain.algorithms.answers import Reference as ReferenceLogprobs
 from llmtrain.algorithms.answers import cached_reference, reference_without
 from llmtrain.algorithms.held_out_sums import HeldOutSums
-from llmtrain.algorithms.reference import Half, Phase, Reference, with_reference
+from llmtrain.algorithms.reference import Half, Reference, with_reference
 from llmtrain.algorithms.texts import Loss, Measured, Supervised, TextSamples
-from llmtrain.contracts import Algorithm, Engine, FrozenModel, MicroBatch
+from llmtrain.contracts import Algorithm, Engine, FrozenModel, MicroBatch, Phase
 from llmtrain.data.build import Datasets
 from llmtrain.data.group_batches import GroupCollator, StepCollator
 from llmtrain.data.group_rows import GroupRows, MismatchedRows

@@ -8,8 +8,7 @@ by then.
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from llmtrain import distributed
 from llmtrain.algorithms.answers import answer_logprobs
-from llmtrain.contracts import Engine, MicroBatch
+from llmtrain.contracts import Engine, MicroBatch, Phase
 from llmtrain.data.group_rows import GroupRows, MismatchedRows
 from llmtrain.data.loader import Collator, all_batches
 from llmtrain.data.progress import row_progress
@@ -33,8 +32,6 @@ from llmtrain.recipe.resolved import RESOLVED
 log = logging.getLogger(__name__)
 
 FILE = "reference.safetensors"
-
-Phase = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ class Halves:
 
 
 def is_held_out(text: str, validation_fraction: float) -> bool:
-    """Whether a document is in the validation half: its content alone decides, so it never moves."""
+    """Whether a document is in the validation half: what it holds (or its prompt) alone decides, so it never moves."""
     return uniform(text, "split") < validation_fraction
 
 
@@ -324,7 +324,7 @@ def _append(
         if not tokens.ids:
             left_out.num_empty += 1
             continue
-        half = VALIDATION if is_held_out(entry.content, validation_fraction) else TRAIN
+        half = VALIDATION if is_held_out(documents.halved_by(entry.document), validation_fraction) else TRAIN
         encoded[half].append(tokens)
         numbers[half].append(entry.number)
         sizes[half] += len(entry.content.encode("utf-8"))

@@ -48,7 +48,7 @@ from llmtrain.errors import InputError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # change it with anything that changes the ids or masks of an example
+FORMAT = 3  # change it with anything that changes the ids or masks of an example
 BATCH_ROWS = 512  # encoded at a time: offsets of tokens take far more memory than their ids
 Span = tuple[int, int]
 
@@ -80,6 +80,7 @@ class _Prepared(NamedTuple):
         frame: whether BOS and EOS go around it.
         turns: whether the spans are turns, each of which must end with a token that ends it.
         learns_end: whether the EOS of a frame is trained.
+        ends: of each span only the last token is marked.
     """
 
     text: str
@@ -89,6 +90,7 @@ class _Prepared(NamedTuple):
     frame: bool
     turns: bool
     learns_end: bool = True
+    ends: bool = False
 
 
 class ExampleEncoder:
@@ -185,11 +187,11 @@ class ExampleEncoder:
             prepared = self._chat(whole)
         place, spans = prepared.spans[0][0], []
         for step in steps:
-            # Some templates strip an answer, so that its last separator may be gone.
+            # Some templates strip an answer, so that its first spaces and its last separator may be gone.
             start, end = next(
                 (
                     (found, found + len(piece))
-                    for piece in (step, step.rstrip())
+                    for piece in (step, step.rstrip(), step.lstrip(), step.strip())
                     if (found := prepared.text.find(piece, place)) >= 0
                 ),
                 (-1, -1),
@@ -199,7 +201,7 @@ class ExampleEncoder:
                 raise InputError(message, where=example.where, remedy="write them otherwise, or leave the record out")
             place = end
             spans.append((end - 1, end))
-        return prepared._replace(spans=spans, turns=False, learns_end=False)
+        return prepared._replace(spans=spans, turns=False, learns_end=False, ends=True)
 
     def _framed(self, prompt: str, learnt: str, where: str) -> _Prepared:
         text = prompt + learnt.removesuffix(str(self._tokenizer.eos_token))
@@ -277,6 +279,8 @@ class ExampleEncoder:
                 first, last = bisect_right(ends, span[0]), bisect_left(starts, span[1])
                 if item.turns:
                     last = self._closed(item, span, ids, starts, last)
+                if item.ends:  # a character may be several tokens
+                    first = max(first, last - 1)
                 trained[first:last] = [True] * (last - first)
         if item.gap is not None:
             ids, trained = _without_gap(item, item.gap, encoding, trained)

@@ -38,7 +38,11 @@ class Documents(Protocol[T]):
         ...
 
     def content(self, document: T) -> str:
-        """What decides its half, and whether it is a duplicate."""
+        """What it holds; of equal ones the later are duplicates."""
+        ...
+
+    def halved_by(self, document: T) -> str:
+        """What decides whether it is held out; mostly what it holds."""
         ...
 
     def encode(self, documents: Sequence[T]) -> list[Tokens]:
@@ -66,6 +70,9 @@ class Texts:
 
     def content(self, document: str) -> str:
         return document
+
+    def halved_by(self, document: str) -> str:
+        return self.content(document)
 
     def encode(self, documents: Sequence[str]) -> list[Tokens]:
         # No ids: a text of nothing but characters that the tokenizer's normaliser removes.
@@ -95,6 +102,9 @@ class Examples:
     def content(self, document: Example) -> str:
         return document.content
 
+    def halved_by(self, document: Example) -> str:
+        return self.content(document)
+
     def encode(self, documents: Sequence[Example]) -> list[Tokens]:
         return self._encoder.encode(documents)
 
@@ -120,6 +130,9 @@ class Filled(Generic[T]):
 
     def content(self, document: T) -> str:
         return self._documents.content(document)
+
+    def halved_by(self, document: T) -> str:
+        return self._documents.halved_by(document)
 
     def encode(self, documents: Sequence[T]) -> list[Tokens]:
         return [self._filled(tokens) for tokens in self._documents.encode(documents)]

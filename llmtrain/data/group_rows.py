@@ -24,7 +24,7 @@ from llmtrain.data.hashing import hash_settings
 from llmtrain.data.packing import BoolArray
 from llmtrain.data.row_plan import INT32, RowCounts
 
-FORMAT = 1  # change it with anything that changes the rows or the files
+FORMAT = 2  # change it with anything that changes the rows or the files
 DOCUMENTS_AT_A_TIME = 1 << 16
 
 # shared: the answers stand behind one prompt. separate: each has a prompt of its own. padded: and a row of its own.
@@ -167,23 +167,27 @@ def _marks(corpus: TokenCorpus, document: int) -> npt.NDArray[np.uint8]:
 
 
 def _partners(corpus: TokenCorpus, prompts: Int64Array) -> Int64Array:
-    """For each document the next one (around the end) whose prompt is another; -1 where there is none."""
+    """For each document one of the next prompt's (around the end); -1 where all have the same prompt.
+
+    The answers to a prompt get those to the next one in turn, so that these are good and bad as often as the data's
+    are, and few are there twice.
+    """
     num = corpus.num_documents
     starts = corpus.document_ends - corpus.lengths()
-    # Documents in a row with the same prompt: runs, so that each is compared with its neighbour only.
-    same_as_next = np.zeros(num, np.bool_)
-    for one in range(num):
-        other = (one + 1) % num
+
+    def same_prompt(one: int, other: int) -> bool:
         a, b = (corpus.tokens[starts[i] : starts[i] + prompts[i]] for i in (one, other))
-        same_as_next[one] = np.array_equal(a, b)
+        return np.array_equal(a, b)
+
     partners = np.full(num, -1)
-    if same_as_next.all():
-        return partners
-    following = int(np.flatnonzero(~same_as_next)[0] + 1) % num  # the begin of a run
-    for one in ((np.arange(following, following - num, -1) - 1) % num).tolist():
-        if not same_as_next[one]:
-            following = (one + 1) % num
-        partners[one] = following
+    # Documents in a row with the same prompt are a run; index -1 is the last document.
+    begins = [one for one in range(num) if not same_prompt(one - 1, one)]
+    for run, begin in enumerate(begins):
+        following = begins[(run + 1) % len(begins)]
+        after = begins[(run + 2) % len(begins)]
+        length, others = (following - begin) % num, (after - following) % num
+        places = np.arange(length)
+        partners[(begin + places) % num] = (following + places % others) % num
     return partners
 
 

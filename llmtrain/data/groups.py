@@ -14,6 +14,7 @@ Answers in steps are a group of one, whose marks of 3 stand where a step is judg
 (1 for right or 0 for wrong, 0).
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -39,7 +40,7 @@ from llmtrain.data.tokenizer import num_ids
 from llmtrain.errors import InputError
 from llmtrain.recipe.schema import Data, Source
 
-FORMAT = 1  # change it with anything that changes marks or values
+FORMAT = 2  # change it with anything that changes marks, values or halves
 MOST_ANSWERS = 127  # whose marks a byte holds
 
 Wanted = Literal["compared", "labelled", "steps"]
@@ -80,6 +81,14 @@ class Judged:
                 yield example
 
     def content(self, document: Example) -> str:
+        return document.content
+
+    def halved_by(self, document: Example) -> str:
+        """The prompt: what was trained on one answer to it would know it when it is asked to judge another."""
+        match document:
+            case Preference() | Ranking() | Labelled() | Stepwise() if document.prompt is not None:
+                tools = None if isinstance(document, Stepwise) else document.tools
+                return json.dumps([document.prompt, tools], ensure_ascii=False, sort_keys=True)
         return document.content
 
     def encode(self, documents: Sequence[Example]) -> list[Tokens]:

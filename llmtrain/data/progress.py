@@ -73,7 +73,10 @@ class WorkProgress:
             self._show_bar()
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            log.info("%s", self._line())
+            if log.isEnabledFor(logging.INFO):  # a run, with logs of its own
+                log.info("%s", self._line())
+            else:
+                self._console.print(self._line(), markup=False, highlight=False, soft_wrap=True)
 
     def _show_bar(self) -> None:
         if self._bar is None:

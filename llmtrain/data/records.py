@@ -44,7 +44,7 @@ def read_records(source: Source) -> Iterator[Record]:
         case JSONLSource():
             for where, fields, may_be_half in places_and_objects(expand(source.paths, source.kind), EXAMPLE_OBJECT):
                 if may_be_half:
-                    _check_strings(fields, "", where)
+                    check_strings(fields, "", where)
                 yield Record(fields, where)
         case ParquetSource():
             for record in _read_parquet(source):
@@ -81,14 +81,14 @@ def _read_parquet(source: ParquetSource) -> Iterator[Record]:
                 yield Record(fields, f"{path}: row {number}")
 
 
-def _check_strings(value: Any, name: str, where: str) -> None:
+def check_strings(value: Any, name: str, where: str) -> None:
     """Refuses half of a surrogate pair in any string, naming it as messages[2].content."""
     if isinstance(value, str):
         check_surrogates(value, f"field {name!r}", where)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            _check_strings(item, f"{name}[{index}]", where)
+            check_strings(item, f"{name}[{index}]", where)
     elif isinstance(value, dict):
         for key, item in value.items():
             check_surrogates(key, "the name of a field", where)
-            _check_strings(item, f"{name}.{key}" if name else key, where)
+            check_strings(item, f"{name}.{key}" if name else key, where)

@@ -9,6 +9,9 @@ from llmtrain.errors import InputError
 
 _MAX_DIGITS = 400  # of a number that is compared by value
 _MAX_CHARACTERS = 500  # of an answer that is parsed as mathematics
+# Seconds. What is cut off counts as unequal, so a limit near what a comparison takes would make figures depend on what
+# else the machine does; math-verify's own is 5, which a first call on a busy machine has exceeded.
+_PATIENCE = 60
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _LATEX = re.compile(r"\\boxed|\$|\\\(|\\\[")
 # math-verify computes what it reads: a tower of powers of whole numbers would take all memory.
@@ -76,7 +79,7 @@ def mathematically_equals(right: Sequence[str]) -> Callable[[str], bool]:
     def parsed(text: str) -> Any:
         if len(text) > _MAX_CHARACTERS or _POWER.search(text):
             return []
-        return parse(_as_latex(text), extraction_config=config, fallback_mode="no_fallback")
+        return parse(_as_latex(text), extraction_config=config, fallback_mode="no_fallback", parsing_timeout=_PATIENCE)
 
     golds = [gold for gold in (parsed(text) for text in right) if gold]
 
@@ -84,7 +87,7 @@ def mathematically_equals(right: Sequence[str]) -> Callable[[str], bool]:
         if answer.strip() in {text.strip() for text in right}:
             return True
         target = parsed(answer)
-        return bool(target) and any(verify(gold, target) for gold in golds)
+        return bool(target) and any(verify(gold, target, timeout_seconds=_PATIENCE) for gold in golds)
 
     return equal
 

@@ -34,7 +34,7 @@ from llmtrain.evaluation.judging import Answer, Encoded, Judge, Judgement
 from llmtrain.models.scorer import Scorer
 from llmtrain.models.steps import Aggregate
 from llmtrain.sampling.command import Files, ModelChoice
-from llmtrain.sampling.completions import check_output, read_input
+from llmtrain.sampling.completions import check_output, named, read_input
 from llmtrain.sampling.partial import Partial, Unit
 
 
@@ -121,10 +121,9 @@ def _score(judge: Judge, scorer: Scorer, files: Files, rows: Sequence[_Row]) -> 
     too_long = judge.too_long(places, every, "shorten them, or leave them without a score by --skip-long")
     if too_long is not None and not files.skip_long:
         raise too_long
-    model = {"path": scorer.location.path, "base": scorer.location.base, "dtype": str(scorer.dtype)}
     header = {
         "input": hash_file(files.input),
-        "scored_by": {**model, **asdict(scorer.reward)},
+        "scored_by": named(scorer.location, scorer.dtype) | asdict(scorer.reward),
         "aggregate": judge.how,
         "skip_long": files.skip_long,
     }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llmtrain.distributed import lost_ranks_told
 from llmtrain.errors import InputError
 from llmtrain.models.attention import Visible, within
-from llmtrain.models.decoder import Decoder
+from llmtrain.models.decoder import Decoder, config_field
 from llmtrain.recipe.schema import Recipe
 
 # Twice what float32 rounding does to hidden states of order one in a deep model; a real difference
@@ -62,7 +62,7 @@ def check_head(asked: Asked) -> None:
     Where transformers classifies a row as a whole, that is asked of its last token.
     """
     ids = torch.arange(8, device=asked.device).unsqueeze(0) % asked.vocabulary
-    if ids[0, -1] == asked.decoder.hf.config.get_text_config().pad_token_id:
+    if ids[0, -1] == config_field(asked.decoder.hf.config.get_text_config(), "pad_token_id"):
         ids = ids.flip(1)  # it would take the token before
     try:
         with lost_ranks_told():  # a rank that died is no fault of the model's
@@ -140,26 +140,46 @@ def check_attends_as_told(asked: Asked) -> None:
 
 
 @torch.no_grad()
-def check_document_isolation(asked: Asked) -> None:
-    """Raises InputError where a packed document changes with the document before it."""
+def check_document_isolation(asked: Asked, num_rows: int) -> None:
+    """Raises InputError where a packed document changes with the document before it.
+
+    Args:
+        num_rows: of a micro-batch. transformers hands restarts of positions to FlashAttention for a single row only.
+    """
     first = torch.arange(6).unsqueeze(0) % asked.vocabulary
     other = (first + asked.vocabulary // 2) % asked.vocabulary
     second = torch.arange(7, 12).unsqueeze(0) % asked.vocabulary
     positions = torch.cat([torch.arange(6), torch.arange(5)]).unsqueeze(0).to(asked.device)
 
-    def tail(document: Tensor) -> Tensor:
-        return asked.hidden(torch.cat([document, second], dim=1), positions)[:, 6:]
+    def tail(document: Tensor, rows: int) -> Tensor:
+        ids = torch.cat([document, second], dim=1)
+        return asked.hidden(ids.expand(rows, -1), positions.expand(rows, -1))[:, 6:]
 
-    if asked.differ(tail(first), tail(other)):
-        raise InputError(
-            f"{asked.kind} carries state from one packed document into the next",
-            where="data.packing",
-            remedy="set data.packing: none, so that each row holds one document",
-        )
+    for rows in range(1, min(2, num_rows) + 1):
+        if asked.differ(tail(first, rows), tail(other, rows)):
+            single = rows == 1
+            raise InputError(
+                f"{asked.kind} carries state from one packed document into the next"
+                + ("" if single else " where a micro-batch has several rows"),
+                where="data.packing",
+                remedy="set data.packing: none, so that each row holds one document"
+                + ("" if single else "; or model.attention: auto, or batch.micro_sequences: 1"),
+            )
 
 
 def check_shares_prompts(decoder: Decoder, recipe: Recipe) -> None:
-    """Raises InputError where answers cannot share a prompt: the model has a window that a mask would overrule."""
+    """Raises InputError where answers cannot share a prompt.
+
+    The model tells positions by where tokens stand, so that answers would be behind each other; or it has a window
+    that a mask would overrule.
+    """
+    if not decoder.tells_positions:
+        raise InputError(
+            f"{type(decoder.hf).__name__} tells positions by where tokens stand in the row, and not by position ids: "
+            "an answer that stands behind others would be further from its prompt than it is",
+            where="algorithm.share_prompts",
+            remedy="set it to false",
+        )
     config = decoder.hf.config.to_dict()
     windows = [config.get(name) for name in ("sliding_window", "attention_chunk_size")]
     narrow = [window for window in windows if isinstance(window, int) and 0 < window < recipe.sequence_length]

@@ -56,6 +56,11 @@ class Decoder(nn.Module):
         self.takes_positions = "position_ids" in inspect.signature(hf.base_model.forward).parameters
 
     @property
+    def tells_positions(self) -> bool:
+        """Whether a token's position is what its position id says, wherever it stands in the row."""
+        return self.takes_positions and not config_field(self.hf.config, "alibi")
+
+    @property
     def head(self) -> nn.Linear:
         """The module that head functions are given; it may be one of peft's around it."""
         name = self.scoring_head

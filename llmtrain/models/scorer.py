@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtrain.errors import InputError
 from llmtrain.models.checks import Asked, check_causality, check_head
-from llmtrain.models.decoder import Decoder
+from llmtrain.models.decoder import Decoder, config_field
 from llmtrain.models.heads import HEADS, RIGHT
 from llmtrain.models.loading import open_config
 from llmtrain.models.reward import Reward, known_reward
@@ -36,7 +36,7 @@ class Scorer:
         self.location, self.dtype, self.device, self.reward = saved.location, saved.decoder.dtype, saved.device, reward
         self._place, self._bias, self._device = saved.location.path, float(reward.bias), saved.device
         self._decoder = decoder
-        self._pad = saved.decoder.config.get_text_config().pad_token_id
+        self._pad = config_field(saved.decoder.config.get_text_config(), "pad_token_id")
         # A few numbers, read of every token: in the weights' own bfloat16 a score of 5 would move in steps of 0.03.
         self._decoder.head.float()
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmtrain.data.files import open_binary
 from llmtrain.data.records import Record
 from llmtrain.errors import InputError
-from llmtrain.models.saved import Saved
+from llmtrain.models.saved import Location, Saved
 from llmtrain.sampling.batched import Request
 from llmtrain.sampling.generators import Generator
 from llmtrain.sampling.infilling import check_no_holes, encode_prompt
@@ -111,12 +113,20 @@ def _too_long(saved: Saved, rows: Sequence[Record], prompts: Sequence[list[int]]
 def _header(saved: Saved, input_file: Path, settings: Mapping[str, Any], num: int, skip: bool) -> dict[str, Any]:
     with open_binary(input_file) as file:
         digest = hashlib.sha256(file.read()).hexdigest()  # its rows are in memory, too
-    return {"input_sha256": digest, "model": named(saved), "num": num, "skip_long": skip, **settings}
+    model = named(saved.location, saved.decoder.dtype)
+    return {"input_sha256": digest, "model": model, "num": num, "skip_long": skip, **settings}
 
 
-def named(saved: Saved) -> dict[str, Any]:
-    """What tells a model from others in a partial output."""
-    return {"path": saved.location.path, "base": saved.location.base, "dtype": str(saved.decoder.dtype)}
+def named(location: Location, dtype: torch.dtype) -> dict[str, Any]:
+    """What tells a model from others in a partial output; one that was trained again in the same place is another."""
+    files = [stamp for place in (location.path, location.base) if place is not None for stamp in _stamps(Path(place))]
+    return {"path": location.path, "base": location.base, "dtype": str(dtype), "files": files}
+
+
+def _stamps(directory: Path) -> list[list[Any]]:
+    """Name, size and time of each file of weights; none for a name on the hub."""
+    files = {str(file.relative_to(directory)): file.stat() for file in sorted(directory.rglob("*.safetensors"))}
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files.items()]
 
 
 def read_input(input_file: Path) -> list[Record]:

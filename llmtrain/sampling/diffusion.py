@@ -125,10 +125,12 @@ class DiffusionGenerator:
     def _row(self, index: int, request: Request) -> _Row:
         ids, open_in_prompt = list(request.ids), holes(request.ids, self.diffusion.mask_token_id)
         assert ids and self.fits(ids), "who asks checks that the prompt fits"
-        name = (request.row, request.sample)
+        # A part has random numbers of its own: those of a sample that nobody asks for.
+        name = (request.row, request.sample + (request.part << 32))
         if open_in_prompt:
             return _Row(index, name, Draft(ids, open_in_prompt), ids[: open_in_prompt[0]], len(open_in_prompt), True)
-        limit = self.room(len(ids))
+        room = self.room(len(ids))
+        limit = room if request.limit is None else min(room, request.limit)
         draft = to_continue(ids, limit, self.diffusion, self._saved.window, self._pad)
         return _Row(index, name, draft, ids, limit, False)
 

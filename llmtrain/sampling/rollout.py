@@ -22,7 +22,7 @@ from llmtrain import distributed
 from llmtrain.data.counted_random import Float64Array, uniforms
 from llmtrain.models.attention import Visible
 from llmtrain.models.checks import Asked
-from llmtrain.models.decoder import Decoder, config_field
+from llmtrain.models.decoder import Decoder
 from llmtrain.sampling.autoregressive import GREEDY_BELOW
 from llmtrain.sampling.batched import draw
 
@@ -257,6 +257,6 @@ def _known_obstacle(decoder: Decoder, max_length: int) -> str | None:
                 return f"{kind} attends in windows of {layer.sliding_window} tokens, which a mask of ours would undo"
         elif type(layer) is not DynamicLayer:
             return f"{kind} carries a state that is not keys and values ({type(layer).__name__})"
-    if not decoder.takes_positions or config_field(hf.config, "alibi"):
+    if not decoder.tells_positions:
         return f"{kind} tells positions by where tokens stand in the row, and not by position ids"
     return None

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from llmtrain.data.files import why_missing
-from llmtrain.data.records import Record
+from llmtrain.data.records import Record, check_strings
 from llmtrain.data.sources import places_and_objects
 from llmtrain.errors import InputError
 
@@ -20,7 +20,11 @@ def read_rows(path: Path, where: str | None = None) -> list[Record]:
     """
     if not os.path.isfile(path):  # unlike Path.is_file it raises nothing for a name that is too long
         raise InputError(f"{why_missing(path, 'file')}: {path}", where=where, remedy="correct the path")
-    rows = [Record(fields, place) for place, fields, _ in places_and_objects([path], '{"prompt": "..."}')]
+    rows = []
+    for place, fields, may_be_half in places_and_objects([path], '{"prompt": "..."}'):
+        if may_be_half:  # no tokenizer takes it, and no file can be written with it
+            check_strings(fields, "", place)
+        rows.append(Record(fields, place))
     if not rows:
         raise InputError(f"{path} has no rows", where=where, remedy="write one JSON object a line")
     return rows

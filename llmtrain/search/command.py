@@ -121,8 +121,9 @@ def run(choice: ModelChoice, file: Path, options: Options) -> int:
         return EXIT_INTERRUPTED
     finally:
         if searching.points:
-            _write(searching, options, {"complete": ended, "seconds": round(time.monotonic() - started, 3)})
-            curve.show(searching.points)
+            seconds = round(time.monotonic() - started, 3)
+            curve.show(searching.points)  # first: a full disk does not take the figures from who waited for them
+            _write(searching, options, {"complete": ended, "seconds": seconds})
     return EXIT_DONE
 
 

@@ -105,7 +105,8 @@ def check_outputs(files: dict[str, Path | None]) -> None:
     given = {where: file for where, file in files.items() if file is not None}
     for where, file in given.items():
         check_output(file, where)
-        twin = next((other for other, path in given.items() if other != where and path == file), None)
+        others = {other: path.resolve() for other, path in given.items() if other != where}
+        twin = next((other for other, path in others.items() if path == file.resolve()), None)
         if twin is not None:
             raise InputError(f"{file} is that of {twin}, too", where=where, remedy="name another file")
 

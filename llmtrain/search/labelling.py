@@ -94,7 +94,9 @@ def label_steps(choice: ModelChoice, file: Path, drawing: Drawing, options: Opti
     asked = Asked.load(choice, loaded, task, drawing if rows is None else _unlimited(drawing))
     given = None if rows is None else _given(asked, rows)
     settings = asked.generator.settings()
-    work: dict[str, Any] = {"num": drawing.num} if given is None else {"solutions_sha256": digest(given.texts)}
+    work: dict[str, Any] = {"num": drawing.num}
+    if given is not None:
+        work = {"solutions_sha256": digest([(question, text) for question, text, _ in given.texts])}
     work |= {"rollouts": options.rollouts, "separator": options.separator}
     partial = Partial(options.output, header("label-steps", asked.saved, asked.questions, settings, **work))
     try:
@@ -132,7 +134,7 @@ def _given(asked: Asked, rows: Sequence[Record]) -> _Given:
     numbers: dict[str, int] = {}
     for number, question in enumerate(asked.questions):
         numbers.setdefault(_canonical(question.shown), number)
-    texts = []
+    texts, cut_off = [], 0
     for row in rows:
         shown, text = _solved(row)
         asked_as = _canonical(shown)
@@ -142,8 +144,11 @@ def _given(asked: Asked, rows: Sequence[Record]) -> _Given:
                 where=row.where,
                 remedy=f"give solutions to questions as {asked.loaded.file} asks them",
             )
-        texts.append((numbers[asked_as], text, row.where))
-    return _Given(texts)
+        if row.fields.get("cut_off") is True:  # as `llmtrain rejection-sample --no-rule` says; it has no last step
+            cut_off += 1
+        else:
+            texts.append((numbers[asked_as], text, row.where))
+    return _Given(texts, cut_off)
 
 
 def _canonical(shown: Any) -> str:

@@ -70,4 +70,7 @@ class Driver(Protocol):
 
 def distinct(paths: Sequence[Path]) -> list[Path]:
     """Without those whose tokens were there before."""
-    return list({path.ids: path for path in reversed(paths)}.values())[::-1]
+    first: dict[tuple[int, ...], Path] = {}
+    for path in paths:
+        first.setdefault(path.ids, path)
+    return list(first.values())

@@ -25,7 +25,7 @@ def header(
     """All that decides what a command generates: for `sampling/partial.py`."""
     return {
         "command": command,
-        "model": named(saved),
+        "model": named(saved.location, saved.decoder.dtype),
         "prompts_sha256": digest([question.ids for question in questions]),
         **settings,
         **more,

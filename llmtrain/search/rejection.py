@@ -212,7 +212,9 @@ def _kept_rows(
         for sample in samples:
             shown, said = question.shown, said_by(question, sample.text)
             example = {"messages": [*shown, *said]} if whole else {"prompt": shown, "completion": said}
-            yield example | {"question": number, "sample": sample.number, **_judgement(sample), "provenance": source}
+            ended = {"cut_off": True} if sample.cut_off else {}
+            told = {"question": number, "sample": sample.number, **ended, **_judgement(sample)}
+            yield example | told | {"provenance": source}
 
 
 def said_by(question: Question, text: str) -> Any:

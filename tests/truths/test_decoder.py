@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llmtrain.errors import InputError
 from llmtrain.models.attention import bidirectional
@@ -15,9 +16,11 @@ from llmtrain.models.checks import (
     check_causality,
     check_document_isolation,
     check_head,
+    check_shares_prompts,
 )
 from llmtrain.models.decoder import Decoder
 from llmtrain.models.loss_head import linear_cross_entropy
+from tests import tiny
 
 V = 96
 TINY = {
@@ -84,13 +87,47 @@ def asked(*arguments, **fields):
 def test_the_checks_pass_what_is_right(architecture):
     check_head(asked(architecture))
     check_causality(asked(architecture))
-    check_document_isolation(asked(architecture))
+    check_document_isolation(asked(architecture), num_rows=2)
 
 
 def test_recurrent_state_is_seen_to_leak():
     check_head(asked("mamba2"))
     with pytest.raises(InputError, match=r"data.packing.*carries state"):
-        check_document_isolation(asked("mamba2"))
+        check_document_isolation(asked("mamba2"), num_rows=2)
+
+
+def test_a_kernel_that_takes_documents_apart_in_single_rows_only_is_seen_to():
+    """As transformers calls FlashAttention, whose kernel is told of restarts where the batch is one row."""
+
+    def single_rows(module, query, key, value, attention_mask, position_ids=None, **more):
+        apart = position_ids is not None and len(query) == 1
+        document = (position_ids == 0).cumsum(1) if apart else torch.zeros(len(query), query.shape[2])
+        places = torch.arange(query.shape[2])
+        mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places[None, :])
+        return sdpa_attention_forward(module, query, key, value, mask[:, None], **more)
+
+    AttentionInterface.register("single_rows", single_rows)
+    AttentionMaskInterface.register("single_rows", lambda *given, **more: None)
+    packed = asked("llama", attn="single_rows")
+    check_document_isolation(packed, num_rows=1)
+    with pytest.raises(InputError, match=r"data.packing.*several rows") as found:
+        check_document_isolation(packed, num_rows=2)
+    assert "batch.micro_sequences: 1" in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("mpt", dict(attn="eager", d_model=32, n_heads=4, n_layers=1)),
+        ("bart", dict(d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=32)),
+        ("falcon", dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, alibi=True)),
+    ],
+)
+def test_answers_cannot_stand_behind_each_other_where_places_are_positions(architecture, fields):
+    recipe = tiny.recipe(sequence_length=6, algorithm={"kind": "dpo"})
+    with pytest.raises(InputError, match=r"algorithm.share_prompts.*where tokens stand in the row"):
+        check_shares_prompts(decoder(architecture, **fields), recipe)
+    check_shares_prompts(decoder("llama"), recipe)
 
 
 def test_an_encoder_is_seen_to_look_ahead():

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def put_together(recipe: schema.Recipe, world: World) -> tuple[Engine, Distilled
     held_out = evaluation_batches(datasets.validation, 16, plan.micro_sequences, world.rank, world.size)
     template = datasets.documents.chat_template
     decoder = blueprint.decoder
-    made = distilled(recipe, plan, loader, held_out, engine, teacher, decoder, tokenizer, template, world)
+    made = distilled(recipe, plan, loader, held_out, engine, teacher, decoder, tokenizer, template, world, nullcontext)
     return engine, made
 
 

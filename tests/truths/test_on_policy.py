@@ -1,5 +1,6 @@
 """What a student writes is answers to the prompts, of the rows that are drawn for it, and the same again."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -128,9 +129,8 @@ def test_answers_do_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
     template, found = distil.datasets.documents.chat_template, []
     for each, plan in ((distil.loader, BatchPlan(8, 4, 2, 1)), (loader, BatchPlan(8, 1, 8, 1))):
         teacher, decoder = Frozen(distil.teacher), distil.student
-        made = distilled(
-            distil.recipe, plan, each, [], distil.engine, teacher, decoder, distil.tokenizer, template, tiny.ALONE
-        )
+        around = (distil.engine, teacher, decoder, distil.tokenizer, template, tiny.ALONE, nullcontext)
+        made = distilled(distil.recipe, plan, each, [], *around)
         found.append(made.micro_batches(0))
     texts = [sorted(text for micro in batches for text in texts_of(micro)) for batches in found]
     assert texts[0] == texts[1] and len(found[0]) < len(found[1])

@@ -12,6 +12,13 @@ from llmtrain.models.peft import Adapter, layers
 
 def check_switchable(adapter: Adapter) -> None:
     """Raises InputError where the model without the adapter is not the one that training began with."""
+    if adapter.decoder.prompt is not None:
+        raise InputError(
+            "what the adapter puts before a text begins at random: without it the model is not the one that training "
+            "began with",
+            where="algorithm.reference",
+            remedy="use reference: cached",
+        )
     if layers.changes_base(adapter.config):
         raise InputError(
             f"init {adapter.config.init_lora_weights} changes the weights that the adapter is put on: without it the "
@@ -35,13 +42,10 @@ def disabled(adapter: Adapter) -> Iterator[None]:
     decoder = adapter.decoder
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     inside = [module for module in decoder.modules() if isinstance(module, kinds) and not module._disable_adapters]
-    prompt = decoder.prompt
-    decoder.prompt = None
     for module in inside:
         module._disable_adapters = True
     try:
         yield
     finally:
-        decoder.prompt = prompt
         for module in inside:
             module._disable_adapters = False

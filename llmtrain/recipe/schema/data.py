@@ -101,7 +101,9 @@ class Data(Section):
         None, min_length=1, description="Held-out sources; without them, validation_fraction of train is held out."
     )
     validation_fraction: Share = Field(
-        0.01, description="Share of the training documents held out, chosen by a hash of their text so it never moves."
+        0.01,
+        description="Share of the training documents held out, chosen by a hash of their text, or of the prompt of "
+        "judged answers, so it never moves.",
     )
     packing: Literal["auto", "documents", "best_fit", "none"] = Field(
         "auto",

@@ -13,7 +13,7 @@ Reference = Annotated[
     Field(
         description="Where log-probabilities under the reference, the model as training finds it, come from. cached: "
         "they are computed once, before the first step, and kept in the run directory. adapter_off: in every step, by "
-        "the model with its adapter switched off."
+        "the model with its adapter switched off; for adapters inside layers that begin as nothing, as LoRA does."
     ),
 ]
 SharePrompts = Annotated[

@@ -77,7 +77,7 @@ def test_a_teacher_is_asked_as_it_runs(
     recipe = schema.Recipe.model_validate(sft_recipe(tmp_path, algorithm=settings))
     model = tiny.decoder(architecture, **fields).eval()
     with pytest.raises(InputError, match=message) as found:
-        check_teacher(recipe, Frozen(model), model, torch.device("cpu"))
+        check_teacher(recipe, Frozen(model), model, torch.device("cpu"), 1)
     assert found.value.where == where and "the teacher: " in str(found.value)
 
 

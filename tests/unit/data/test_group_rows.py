@@ -37,8 +37,9 @@ def rows_of(
     tokenizer = load_tokenizer(str(directory / "model"))
     file = write_jsonl(directory / "rows.jsonl", rows)
     source: Source = TypeAdapter(Source).validate_python({"kind": "jsonl", "paths": [str(file)]})
-    mismatched = "label" in rows[0]
-    wanted: Any = "steps" if "labels" in rows[0] else "labelled" if mismatched else "compared"
+    usual = "steps" if "labels" in rows[0] else "labelled" if "label" in rows[0] else "compared"
+    wanted = more.get("wanted", usual)
+    mismatched = wanted == "labelled"
     documents = Judged(tokenizer, Data(train=[source]), wanted, "\n" if wanted == "steps" else None)
     halves = tokenised(source, documents, 0.0, directory / "cache")
     settings = GroupSettings(more.get("packing", "best_fit"), layout, length, mismatched)
@@ -74,6 +75,15 @@ def test_mismatched_answers_are_those_of_the_next_other_prompt(directory: Path) 
             num = len(group.answers[0])
             assert np.array_equal(group.prompt, own[group.first].prompt)
             assert np.array_equal(group.answers[0], own[partner].answers[0][:num])
+
+
+def test_mismatched_answers_of_pairs_are_good_and_bad_as_often_as_the_datas(directory: Path) -> None:
+    made = rows_of(directory, preferences(20), "separate", wanted="labelled")
+    own = {tuple(group.answers[0]): bool(group.values[0, 0]) for group in every(made)}
+    assert sum(own.values()) == 20 and len(every(made)) == 40
+    other = MismatchedRows(made)
+    found = [tuple(group.answers[0]) for index in range(len(other)) for group in other[index]]
+    assert sorted(found) == sorted(own)
 
 
 def test_every_row_once_over_all_ranks(directory: Path) -> None:

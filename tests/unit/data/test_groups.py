@@ -1,5 +1,6 @@
 """Answers that were judged, as one document a group: what is its prompt, what is each answer, what is left out."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ from llmtrain.data.chat_template_files import named
 from llmtrain.data.examples import Conversation, Example, Labelled, Preference, PromptCompletion, Ranking, Stepwise
 from llmtrain.data.groups import AnswerEncoder, Judged, Wanted
 from llmtrain.errors import InputError
+from llmtrain.recipe.schema import JSONLSource
+from tests.chats import write_jsonl
 from tests.unit.data.chats import assistant, chat_tokenizer, data, encoder, user
 
 TOKENIZER = chat_tokenizer(named("chatml"))
@@ -135,6 +138,29 @@ def test_steps_are_judged_at_the_last_token_of_their_separator() -> None:
         ]
         assert [value[0] for value in tokens.values] == [1.0, 0.0, 0.0]
         assert AnswerEncoder(TOKENIZER, "\n").steps(prompt, example.completions, W) == (tokens.ids, ends)
+
+
+def test_steps_that_a_template_trims_and_that_end_in_a_character_of_several_tokens() -> None:
+    tokenizer = chat_tokenizer(named("chatml").replace("{{- message.content }}", "{{- message.content | trim }}"))
+    example = Stepwise([user("Halve 1 and 3.")], [" 1 / 2 = ½", "3 / 2 = 1½"], [True, True], W)
+    assert len(tokenizer.encode("½", add_special_tokens=False)) > 1
+    (tokens,) = Judged(tokenizer, data(), "steps", "\n").encode([example])
+    ends = [index for index, mark in enumerate(tokens.trained) if mark == 3]
+    first, second = (tokenizer.decode(tokens.ids[: end + 1]) for end in ends)
+    assert first.endswith("assistant\n1 / 2 = ½\n") and second.endswith("½\n3 / 2 = 1½")
+
+
+def test_all_answers_to_a_prompt_are_in_one_half(tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {n}?", "chosen": f" It is {n}", "rejected": f" Not {n}"} for n in range(20)]
+    file = write_jsonl(tmp_path / "rows.jsonl", [*rows, *({**row, "rejected": " No idea"} for row in rows)])
+    source = JSONLSource(kind="jsonl", paths=[str(file)])
+    for wanted in ("compared", "labelled"):
+        made = judged(wanted)
+        halved_by: dict[str, set[str]] = {}
+        for example in made.read(source):
+            halved_by.setdefault(str(example.prompt), set()).add(made.halved_by(example))
+        assert len(halved_by) == 20 and all(len(keys) == 1 for keys in halved_by.values())
+        assert len({key for keys in halved_by.values() for key in keys}) == 20
 
 
 def test_an_answer_is_asked_about_as_it_was_learnt() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,21 @@ def test_an_interrupted_command_goes_on(
     assert Path("out.jsonl").read_text() == whole
 
 
+def test_a_model_that_was_trained_again_is_another(
+    llmtrain: CommandLine, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(*ROWS)
+    shutil.copytree(models["process"], "scorer")
+
+    def killed(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(partial, "_write", killed)
+    assert llmtrain("generate", "scorer", *FILES).code == 130
+    Path("scorer/model.safetensors").touch()
+    assert_refused(llmtrain("generate", "scorer", *FILES), "out.jsonl.partial is what another command")
+
+
 def test_answers_that_do_not_fit(llmtrain: CommandLine, models: dict[str, Path]) -> None:
     long = " w9" * 70
     write_rows({"prompt": "w7", "completion": long}, {"prompt": "w7", "completions": [" w50", long, " w9"]}, ROWS[0])
@@ -185,6 +201,7 @@ def test_answers_that_do_not_fit(llmtrain: CommandLine, models: dict[str, Path])
     ("row", "texts"),
     [
         ('{"prompt": "w3"', ["in.jsonl:2: not JSON"]),
+        ('{"prompt": "w3", "completion": "w4", "note": ["\\ud800"]}', ["in.jsonl:2: field 'note[0]' has half"]),
         ({"prompt": "w3"}, ["in.jsonl:2", "this one has no answer to score"]),
         ({"prompt": "w3", "completion": None}, ["this one has no answer to score"]),
         ({"prompt": "w3", "completion": "w4", "completions": []}, ["this one has completion, completions"]),

@@ -118,7 +118,7 @@ def test_an_adapter_answers_too(llmtrain: CommandLine, model: Path) -> None:
         ),
         ({"messages": [{"role": "judge", "content": "w3"}]}, ["the chat template does not take", "no role judge"]),
         ({"prompt": "w3", "completions": 1}, ["in.jsonl:2: field 'completions' is what the output adds"]),
-        ({"prompt": "w3 \ud800"}, ["in.jsonl:2: the prompt is not UTF-8 at character 3"]),
+        ({"prompt": "w3 \ud800"}, ["in.jsonl:2: field 'prompt' has half of a surrogate pair"]),
     ],
 )
 def test_bad_rows(llmtrain: CommandLine, model: Path, row: Any, texts: list[str]) -> None:

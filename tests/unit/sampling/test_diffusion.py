@@ -102,6 +102,13 @@ def test_batches_equal_single_prompts(models: dict[str, Saved], name: str, tempe
         )
 
 
+def test_parts_of_an_answer_have_numbers_of_their_own_and_limits(models: dict[str, Saved]) -> None:
+    (ids, *_), sampling = prompts(1), Sampling(max_new_tokens=14, temperature=1.0)
+    asked = [Request(ids), Request(ids, part=1), Request(ids, part=2), Request(ids, part=1), Request(ids, limit=5)]
+    whole, first, second, again, short = (done.ids for done in answers(models["masked"], asked, sampling))
+    assert first == again and len({whole, first, second}) == 3 and len(short) == 5
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_ending_early_changes_no_text(models: dict[str, Saved], name: str) -> None:
     """What is behind a row's end is not written, and what is before it is as if it had been."""

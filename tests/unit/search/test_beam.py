@@ -6,7 +6,7 @@ import random
 import pytest
 
 from llmtrain.search.beam import beam_search
-from llmtrain.search.paths import Branch, Path
+from llmtrain.search.paths import Branch, Path, distinct
 from tests.unit.search.trees import TreeDriver
 
 
@@ -31,6 +31,11 @@ def test_the_same_tokens_are_one_path() -> None:
     driver = TreeDriver(1, 3, lambda ids: 0.5)
     beam_search(driver, budget=8, width=4)
     assert [len(call) for call in driver.calls] == [8, 4, 4]
+
+
+def test_of_equal_paths_the_first_stays_in_its_place() -> None:
+    first, second, again = Path(0, (1,), "a"), Path(0, (2,), "b"), Path(0, (1,), "c")
+    assert distinct([first, second, again]) == [first, second]
 
 
 def test_it_keeps_the_best() -> None:

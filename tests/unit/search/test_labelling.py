@@ -181,6 +181,17 @@ def test_an_interrupted_command_goes_on(
     assert not Path("steps.jsonl.partial").exists()
 
 
+def test_given_solutions_that_were_cut_off_have_no_last_step(llmtrain: CommandLine) -> None:
+    write_task(max_new_tokens=8)
+    taking_all = ("--no-rule", "--keep", 8, "--output", "in.jsonl")
+    assert llmtrain("rejection-sample", "policy", "task.yaml", *taking_all).code == 0
+    cut_off = [row for row in read("in.jsonl") if row.get("cut_off")]
+    whole = [row for row in read("in.jsonl") if "cut_off" not in row]
+    assert cut_off and whole
+    told = counts(llmtrain(*COMMAND, "--input", "in.jsonl", "--rollouts", 1))
+    assert (told["cut off"], told["solutions"] + told["duplicates or empty"]) == (len(cut_off), len(whole))
+
+
 def test_what_is_refused(llmtrain: CommandLine) -> None:
     write_task()
     with_input = (*COMMAND, "--input", "in.jsonl")

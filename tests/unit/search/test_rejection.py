@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,18 @@ def test_when_nothing_is_right_the_answers_are_not_lost(llmtrain: CommandLine) -
     assert "0 questions answered, 0 tokens" in done.out and len(read("kept.jsonl")) == 1
 
 
+def test_answers_of_a_model_that_was_trained_again_are_not_taken_for_its_own(
+    llmtrain: CommandLine, models: Path, tmp_path: Path
+) -> None:
+    write_task([{"q": "w20 w30", "answer": "none"}])
+    Path("policy").unlink()
+    shutil.copytree(models / "policy", "policy")
+    assert_refused(llmtrain(*COMMAND), "none of 8 answers is kept")
+    shutil.copytree(models / "policy", "policy", dirs_exist_ok=True)
+    Path("policy/model.safetensors").write_bytes((models / "policy/model.safetensors").read_bytes())
+    assert_refused(llmtrain(*COMMAND, "--no-rule"), "kept.jsonl.partial is what another command", "model")
+
+
 def test_pairs_that_there_are_not(llmtrain: CommandLine) -> None:
     write_task([{"q": "w20 w30", "answer": "yes"}], extract=r"(?P<answer>)", answer_extract="(?P<answer>)")
     done = llmtrain(*COMMAND, "--pairs", "pairs.jsonl", "--num", 16)
@@ -249,7 +262,8 @@ def test_what_is_refused(llmtrain: CommandLine) -> None:
     assert_refused(llmtrain(*COMMAND, "--temperature", 0), "--temperature: 0: the 8 samples of a greedy model")
     assert_refused(llmtrain(*COMMAND, "--min-score", 1), "--min-score: needs a reward model", "--scorer")
     assert_refused(llmtrain(*COMMAND, "--no-rule", "--pairs", "p.jsonl"), "--pairs: only the rule says")
-    assert_refused(llmtrain(*COMMAND, "--pairs", "kept.jsonl"), "kept.jsonl is that of --pairs, too")
+    for name in ("kept.jsonl", "./kept.jsonl", Path("kept.jsonl").absolute()):
+        assert_refused(llmtrain(*COMMAND, "--pairs", name), "is that of --pairs, too")
     assert_refused(llmtrain(*COMMAND, "--scorer", "nowhere"), "--scorer: no such directory: nowhere")
     assert_refused(llmtrain(*COMMAND, "--scorer", "policy"), "--scorer: policy is", "which gives no score")
     assert_refused(llmtrain(*COMMAND, "--scorer", "scorer", "--aggregate", "min"), "--scorer: min of the steps")
