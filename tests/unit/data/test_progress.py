@@ -35,12 +35,12 @@ def test_lines_where_there_is_no_terminal(
 
 
 def test_lines_of_commands_that_set_up_no_logging(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
     monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr(module.log, "level", logging.WARNING)  # as a new process has it, whatever ran in this one
-    with byte_progress("work [1]", 4_000_000) as progress:
+    # As a new process has it, whatever ran in this one.
+    with caplog.at_level(logging.WARNING, logger=module.log.name), byte_progress("work [1]", 4_000_000) as progress:
         progress.advance(1_000_000)
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("work [1]: 1.0 MB at ") and "25%, about " in err

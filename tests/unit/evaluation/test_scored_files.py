@@ -139,8 +139,9 @@ def test_an_interrupted_command_goes_on(
     llmtrain: CommandLine, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(*ROWS)
+    weights = Path(shutil.copytree(models["outcome"], "scorer"), "model.safetensors")
     files = (*FILES, "--batch-tokens", 1)
-    assert llmtrain("generate", models["outcome"], *files).code == 0
+    assert llmtrain("generate", "scorer", *files).code == 0
     whole = Path("out.jsonl").read_text()
     Path("out.jsonl").unlink()
     append, entries = partial._append, []
@@ -154,30 +155,19 @@ def test_an_interrupted_command_goes_on(
         append(file, entry)
 
     monkeypatch.setattr(partial, "_append", killed)
-    done = llmtrain("generate", models["outcome"], *files)
+    done = llmtrain("generate", "scorer", *files)
     assert (done.code, done.err.splitlines()[-1]) == (130, "interrupted; the same command goes on from there")
     monkeypatch.setattr(partial, "_append", append)
     assert not Path("out.jsonl").exists()
     assert_refused(llmtrain("generate", models["biased"], *files), "out.jsonl.partial is what another command")
-    done = llmtrain("generate", models["outcome"], *files)
+    made = weights.stat()
+    weights.touch()  # trained again
+    assert_refused(llmtrain("generate", "scorer", *files), "out.jsonl.partial is what another command")
+    os.utime(weights, ns=(made.st_atime_ns, made.st_mtime_ns))
+    done = llmtrain("generate", "scorer", *files)
     assert done.code == 0, done.err
     assert "2 were done before" in done.out
     assert Path("out.jsonl").read_text() == whole
-
-
-def test_a_model_that_was_trained_again_is_another(
-    llmtrain: CommandLine, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_rows(*ROWS)
-    shutil.copytree(models["process"], "scorer")
-
-    def killed(*given: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(partial, "_write", killed)
-    assert llmtrain("generate", "scorer", *FILES).code == 130
-    Path("scorer/model.safetensors").touch()
-    assert_refused(llmtrain("generate", "scorer", *FILES), "out.jsonl.partial is what another command")
 
 
 def test_answers_that_do_not_fit(llmtrain: CommandLine, models: dict[str, Path]) -> None:
