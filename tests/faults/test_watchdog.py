@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -55,11 +56,11 @@ def training(directory: Path, *overrides: str) -> Iterator[Training]:
 def test_a_stopped_rank_is_named_and_the_stacks_are_kept(tmp_path: Path) -> None:
     with training(tmp_path, "watchdog.silence=3") as run:
         os.kill(run.ranks[1], signal.SIGSTOP)
-        wait_for_text(run.log(0), f"rank 1 on {HOST} said nothing for 3 s; last: ", run.process)
+        wait_for_text(run.log(0), f"rank 1 on {HOST} said nothing for ", run.process)
         os.kill(run.ranks[1], signal.SIGKILL)  # torchrun would wait 30 s before it does
         output = run.output()
-    assert f"error: rank 1 on {HOST} said nothing for 3 s; last: " in output
-    assert f"  rank 1, on {HOST}: " in output and ", silent for 3 s" in output
+    assert re.search(rf"error: rank 1 on {HOST} said nothing for \d+ s; last: ", output)
+    assert re.search(rf"  rank 1, on {HOST}: .*, silent for \d+ s", output)
     assert f"  rank 0, on {HOST}: " in output
     log = run.log(0).read_text()
     assert "all threads:" in log and "in _step" in log  # the main thread, in a collective
@@ -69,10 +70,10 @@ def test_rank_0_stopped(tmp_path: Path) -> None:
     """Then its store does not answer either, and another rank speaks."""
     with training(tmp_path, "watchdog.silence=3") as run:
         os.kill(run.ranks[0], signal.SIGSTOP)
-        wait_for_text(run.log(1), f"rank 0 on {HOST} said nothing for 3 s; last: ", run.process)
+        wait_for_text(run.log(1), f"rank 0 on {HOST} said nothing for ", run.process)
         os.kill(run.ranks[0], signal.SIGKILL)
         output = run.output()
-    assert f"[rank 1] error: rank 0 on {HOST} said nothing for 3 s; last: " in output
+    assert re.search(rf"\[rank 1\] error: rank 0 on {HOST} said nothing for \d+ s; last: ", output)
     assert "in _step" in run.log(1).read_text()
 
 

@@ -44,7 +44,7 @@ def sharp_decoder() -> torch.nn.Module:
 def test_blocks_with_a_cache_are_those_of_whole_forwards(diffusion: Diffusion) -> None:
     """As a text is decoded: prompts of unequal length, blocks in part given, rows that leave, columns kept."""
     layout = lay_out(drafts(3, 8, 13), diffusion, None, 2)
-    denoiser = Denoiser(sharp_decoder(), diffusion, CPU)
+    denoiser = Denoiser(sharp_decoder().double(), diffusion, CPU)
     canvas, prefix, worst = layout.canvas, Prefix(), 0.0
     for number, (start, end) in enumerate(layout.stages):
         part = canvas.part(torch.arange(3), end)
@@ -64,7 +64,7 @@ def test_blocks_with_a_cache_are_those_of_whole_forwards(diffusion: Diffusion) -
         part.ids[in_block] = 7
         canvas.ids[:, :end] = part.ids
     assert prefix.length > 0
-    assert worst < 5e-6
+    assert worst < 1e-6  # computed in float64, and given in float32: the last bit
 
 
 @pytest.mark.parametrize("sampler", ["first-hitting", "threshold", "llada"])
