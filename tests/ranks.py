@@ -1,5 +1,6 @@
-"""The processes of a run under torchrun, to send signals to."""
+"""The processes of a run under torchrun, to send signals to, and what they say of it."""
 
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -36,3 +37,10 @@ def wait_for(condition: object, process: subprocess.Popen[str], what: str) -> No
             raise AssertionError(f"it ended without {what}: {process.stdout.read() if process.stdout else ''}")
         assert time.monotonic() < deadline, f"{what} did not come"
         time.sleep(0.005)
+
+
+def seconds_in(output: str, before: str, after: str) -> int:
+    """The whole seconds that a message tells between two texts: a busy machine makes them more than were asked for."""
+    told = re.search(rf"{re.escape(before)}(\d+){re.escape(after)}", output)
+    assert told, output
+    return int(told[1])

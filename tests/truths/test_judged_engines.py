@@ -37,8 +37,8 @@ QUICK = {
     ("kto", "fsdp"),
 }
 # Margins and kl are differences, of scores or of log-probabilities of whole answers (up to 80 nats, which float32 holds
-# to 4e-6); after some steps of Adam at this rate they keep five digits at most, where the weights are equal to six.
-LEAST = 3e-5
+# to 4e-6, and whose mean over a batch it holds better).
+LEAST = 3e-6
 NO_EMA = {("dpo, ema", engine) for engine in ENGINES if engine.startswith("zero")}  # which the schema refuses
 
 

@@ -1,7 +1,6 @@
 """The watchdog of a single process; that of several ranks is in tests/unit/test_ending.py and tests/faults."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 from llmtrain.observe.heartbeat import Word
 from llmtrain.observe.watchdog import Watchdog
 from llmtrain.signals import StopRequest
-from tests.ranks import TIMEOUT
+from tests.ranks import TIMEOUT, seconds_in
 from tests.tiny import ALONE
 
 PROGRAM = """
@@ -90,7 +89,7 @@ def test_a_phase_beyond_its_deadline_ends_the_process(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1
     assert out.startswith("hanging\n1 overdue rank 0 on ")
-    assert re.search(r"is in data of step 12 for \d+ s; watchdog.data is 2", out)
+    assert seconds_in(out, "is in data of step 12 for ", " s; watchdog.data is 2") >= 2
     assert "watchdog.data is 2" in err and "remedy: the same command goes on from the last checkpoint" in err
     log = (tmp_path / "rank-0.log").read_text()
     assert "data of step 12; all threads:" in log and "in a_source_that_hangs" in log
