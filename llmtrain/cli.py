@@ -18,7 +18,15 @@ from llmtrain import __version__, cli_search, cli_select, cli_use
 from llmtrain.cli_checkpoint import checkpoint_app
 from llmtrain.cli_data import data_app
 from llmtrain.cli_loading import loading
-from llmtrain.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, LLMTrainError, RankLost, TrainingError
+from llmtrain.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    InputError,
+    LLMTrainError,
+    RankLost,
+    TrainingError,
+)
 from llmtrain.observe.streams import outliving_the_console
 from llmtrain.recipe.batch import plan_batch
 from llmtrain.recipe.comparison import is_comparison, load_comparison
@@ -31,6 +39,7 @@ from llmtrain.recipe.shipped import comparison_names, recipe_names
 from llmtrain.signals import end_with_launcher
 
 SECONDS_FOR_RANK_0 = 5
+_RUNS = ("train", "quickstart", "compare")  # are worth more than what they print
 
 app = typer.Typer(
     name="llmtrain",
@@ -59,17 +68,29 @@ OverridesArgument = Annotated[
 
 @dataclass
 class Settings:
-    """What holds for every command."""
+    """What holds for every command, and which one it is."""
 
     debug: bool = False
+    command: str | None = None
 
 
-@outliving_the_console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line, by default this process's; returns its exit code or raises SystemExit."""
     end_with_launcher()
     settings = Settings()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # it is None where it was closed
+    with outliving_the_console() as unwritten:
+        try:
+            return _run(arguments, settings)
+        except SystemExit as leaving:
+            lost = unwritten()
+            if leaving.code or lost is None or settings.command in _RUNS:
+                raise
+            _show(TrainingError(f"standard output cannot be written: {lost.strerror}\n  remedy: make room for it"))
+            return EXIT_FAILED
+
+
+def _run(arguments: Sequence[str] | None, settings: Settings) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a caller may have put another in its place
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: not every terminal takes every character
     try:
         app(args=arguments, obj=settings, prog_name="llmtrain")
@@ -139,7 +160,7 @@ def _settings(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors in the input too.")] = False,
 ) -> None:
-    context.obj.debug = debug
+    context.obj.debug, context.obj.command = debug, context.invoked_subcommand
 
 
 # ------------------------------------------------------------------------------------- training

@@ -7,6 +7,7 @@ import typer
 
 from llmtrain.cli_loading import loading
 from llmtrain.cli_use import BaseOption, BatchTokens, Device, DType, ModelArgument
+from llmtrain.signals import interruptible
 
 ScorerBase = Annotated[
     str | None, typer.Option(metavar="DIR", help="The model under a reward model that is an adapter.")
@@ -57,7 +58,8 @@ def search(
 
     Best-of-n and votes choose among whole answers; beam search and MCTS go on step by step, as a process reward
     model says. Prints accuracy with its standard error against the tokens that a question takes, beside greedy
-    decoding; in a pipe one line a figure, with tabs between the columns.
+    decoding; in a pipe one line a figure, with tabs between the columns. With --output a command that was interrupted
+    goes on when it is given again.
     """
     try:
         numbers = [int(number) for number in budgets.split(",")]
@@ -72,7 +74,8 @@ def search(
         scorer, scorer_base, names, numbers, aggregate, width, temperature, seed, limit, batch_tokens, output, samples,
         picture,
     )  # fmt: skip
-    raise typer.Exit(command.run(ModelChoice(model, base, dtype, device), task, options))
+    with interruptible(lambda: command.interrupted(output)):
+        raise typer.Exit(command.run(ModelChoice(model, base, dtype, device), task, options))
 
 
 def register(app: typer.Typer) -> None:

@@ -8,6 +8,7 @@ import typer
 from llmtrain.cli_loading import loading
 from llmtrain.cli_search import Aggregates, ScorerBase
 from llmtrain.cli_use import BaseOption, BatchTokens, Device, DType, ModelArgument
+from llmtrain.signals import interruptible
 
 TaskArgument = Annotated[Path, typer.Argument(metavar="TASK", help="A YAML file, of kind exact_match or math.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy. In place of the task's.")]
@@ -58,13 +59,15 @@ def rejection_sample(
         context.fail("--scorer-base and --aggregate are for a reward model: give one by --scorer")
     with loading():
         from llmtrain.sampling.command import ModelChoice
+        from llmtrain.sampling.partial import outcome
         from llmtrain.search import rejection
         from llmtrain.search.given import Drawing, RewardChoice
 
     drawing = Drawing(num, temperature, top_p, max_new_tokens, seed, limit, batch_tokens)
     reward = None if scorer is None else RewardChoice(scorer, scorer_base, aggregate)
     options = rejection.Options(output, pairs, keep, rule, reward, min_score)
-    raise typer.Exit(rejection.rejection_sample(ModelChoice(model, base, dtype, device), task, drawing, options))
+    with interruptible(lambda: outcome(output)):
+        raise typer.Exit(rejection.rejection_sample(ModelChoice(model, base, dtype, device), task, drawing, options))
 
 
 def label_steps(
@@ -110,13 +113,15 @@ def label_steps(
         context.fail("--num is for solutions of the model, and --input has solutions")
     with loading():
         from llmtrain.sampling.command import ModelChoice
+        from llmtrain.sampling.partial import outcome
         from llmtrain.search import labelling
         from llmtrain.search.given import Drawing
 
     drawing = Drawing(num or 1, temperature, top_p, max_new_tokens, seed, limit, batch_tokens)
     between = separator.replace(r"\n", "\n").replace(r"\t", "\t")
     options = labelling.Options(output, input_file, rollouts, between, all_steps)
-    raise typer.Exit(labelling.label_steps(ModelChoice(model, base, dtype, device), task, drawing, options))
+    with interruptible(lambda: outcome(output)):
+        raise typer.Exit(labelling.label_steps(ModelChoice(model, base, dtype, device), task, drawing, options))
 
 
 def register(app: typer.Typer) -> None:

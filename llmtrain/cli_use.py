@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from llmtrain.cli_loading import loading
+from llmtrain.signals import interruptible
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto is cuda where there is one.")]
 DType = Annotated[
@@ -144,23 +145,23 @@ def generate(
     with loading():
         from llmtrain.sampling import command
         from llmtrain.sampling.batched import Sampling
+        from llmtrain.sampling.partial import outcome
         from llmtrain.sampling.samplers import Asked
 
     choice = command.ModelChoice(model, base, dtype, device)
-    if score and input_file is not None and output is not None:
-        from llmtrain.evaluation.scored_files import score_file
-
-        raise typer.Exit(score_file(choice, command.Files(input_file, output, skip_long, batch_tokens), aggregate))
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
     asked = Asked(sampler, steps, block_length, remasking, cfg, threshold, cache)
-    if chat:
-        code = command.chat(choice, sampling, system, asked)
-    elif input_file is not None and output is not None:
+    if input_file is not None and output is not None:
         files = command.Files(input_file, output, skip_long, batch_tokens)
-        code = command.complete(choice, files, sampling, num, asked)
-    else:
-        code = command.generate(choice, prompt or [], sampling, num, asked, watch)
-    raise typer.Exit(code)
+        with interruptible(lambda: outcome(output)):
+            if score:
+                from llmtrain.evaluation.scored_files import score_file
+
+                raise typer.Exit(score_file(choice, files, aggregate))
+            raise typer.Exit(command.complete(choice, files, sampling, num, asked))
+    if chat:
+        raise typer.Exit(command.chat(choice, sampling, system, asked))
+    raise typer.Exit(command.generate(choice, prompt or [], sampling, num, asked, watch))
 
 
 _WITH_SCORE = {"model", "input_file", "output", "skip_long", "base", "device", "dtype", "batch_tokens"}
@@ -211,7 +212,8 @@ def evaluate(
         from llmtrain.sampling.command import ModelChoice
 
     choice = ModelChoice(model, base, dtype, device)
-    raise typer.Exit(command.evaluate(choice, tasks, command.Options(output, samples, limit, batch_tokens)))
+    with interruptible(lambda: "tasks that were finished are in --output and --samples, where these were given"):
+        raise typer.Exit(command.evaluate(choice, tasks, command.Options(output, samples, limit, batch_tokens)))
 
 
 def export(

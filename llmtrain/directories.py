@@ -1,8 +1,9 @@
 """New directories and files that are there whole, or not at all."""
 
+import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,14 +60,83 @@ def new_directory(
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def check_new_file(path: Path, where: str = "--output") -> None:
+    """Raises InputError where `path` exists, or cannot be made."""
+    if os.path.lexists(path):
+        raise InputError(f"{path} exists", where=where, remedy="name a new file, or remove it first")
+    check_file(path, where)
+
+
+def check_file(path: Path, where: str = "--output") -> None:
+    """Raises InputError where no file can be made, or put in the place of the one that is there.
+
+    That is tried: permissions do not tell of a disk that is only read, or of a name that is too long.
+    """
+    if not os.path.isdir(path.parent):
+        raise InputError(f"no such directory: {path.parent}", where=where, remedy="make it first")
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a directory", where=where, remedy="name a file")
+    tried = path.with_name(f".checking-{path.name}")  # no shorter than the names that stand for it while it is written
+    try:
+        tried.touch()
+        tried.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be made: {error.strerror}", where=where, remedy="name another file, or get permission"
+        ) from None
+
+
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` when it is whole.
+def new_files(paths: Sequence[Path], remedy: str = "make room, or name other files") -> Iterator[list[Path]]:
+    """Files to write, which appear at `paths` when all of them are whole.
+
+    Args:
+        remedy: where they cannot be written.
+
+    Raises:
+        TrainingError: the disk is full, or fails; or something else came to be at a path, and is not overwritten: what
+            was written stands beside it.
+    """
+    asides = [_aside(path) for path in paths]
+    moved: list[str] = []
+    try:
+        yield asides
+        for aside in asides:
+            fsync_path(aside)
+        for aside, path in zip(asides, paths, strict=True):
+            place = _put(aside, path)
+            if place != path:
+                moved.append(f"{path} was made by another while this worked; what was written is in {place}")
+    except OSError as error:
+        names = ", ".join(map(str, paths))
+        raise TrainingError(f"{names} cannot be written: {error.strerror}\n  remedy: {remedy}") from None
+    finally:
+        for aside in asides:
+            aside.unlink(missing_ok=True)
+    if moved:
+        raise TrainingError("\n".join([*moved, "  remedy: take it from there; two commands wrote to one name"]))
+
+
+def _put(aside: Path, path: Path) -> Path:
+    """Gives a file its name, or one like it where that is taken; returns which."""
+    for place in itertools.chain([path], (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))):
+        try:
+            place.open("x").close()  # makes the name this file's: what stood there would be lost in a rename
+        except FileExistsError:
+            continue
+        aside.replace(place)
+        return place
+    raise AssertionError("numbers do not end")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path`, and of what stands there, when it is whole.
 
     Raises:
         TrainingError: the disk is full, or fails.
     """
-    aside = path.with_name(f".writing-{path.name}")
+    aside = _aside(path)
     try:
         yield aside
         aside.replace(path)
@@ -76,6 +146,10 @@ def new_file(path: Path) -> Iterator[Path]:
         ) from None
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".writing-{path.name}")
 
 
 def fsync_path(path: Path) -> None:

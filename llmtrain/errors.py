@@ -2,7 +2,7 @@
 
 Exit codes: 0 done as asked; 2 bad recipe or input; 75 preempted and checkpointed, run again to go
 on (75 is EX_TEMPFAIL of sysexits.h, which Slurm scripts and supervisors know); 130 interrupted at the
-keyboard outside of training (128 + SIGINT, as shells have it); 1 failed otherwise.
+keyboard outside of training (128 + SIGINT, as shells have it), and 143 by SIGTERM; 1 failed otherwise.
 """
 
 import difflib
@@ -13,6 +13,7 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class LLMTrainError(Exception):

@@ -4,7 +4,6 @@ It fetches the micro-batches of an optimizer step, sums their weights over all r
 each loss sum by that total; all else is the algorithm's or the engine's.
 """
 
-import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -81,6 +80,8 @@ class Loop:
                 self._save(required=stopping and not done)
         with self.phases("save"):
             self.store.wait()
+        if self._done():
+            progress.sum_up()
         return self._done()
 
     def _done(self) -> bool:
@@ -103,8 +104,9 @@ class Loop:
             results = {name: engine.step(lr) for name, engine in self.engines.items()}
             averages = distributed.average(sums | {"stop": Sum(float(bool(self.stop)), 1.0)})  # in one collective
         stopping = averages.pop("stop") > 0
-        loss = averages.get("loss", math.nan)
-        self.progress.count(results, int(step_tokens), self.recipe.optimizer.max_skipped_steps, loss)
+        losses = {name: averages[_key("loss", name)] for name in names if totals[name]}
+        most = min(self.recipe.optimizer.max_skipped_steps, self.num_steps)  # a run that is all bad has failed
+        self.progress.count(results, losses, int(step_tokens), most)
         self.phases.step = self.progress.step
 
         record: dict[str, float] = {

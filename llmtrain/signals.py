@@ -6,9 +6,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from llmtrain.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
@@ -90,6 +92,39 @@ class StopRequest:
                 name = signal.Signals(number).name
                 sys.stderr.write(f"a second signal ({name}): ended at once, without a checkpoint\n")
                 os._exit(128 + number)
+
+
+@contextmanager
+def interruptible(outcome: Callable[[], str]) -> Iterator[None]:
+    """In here SIGTERM, which Slurm and `timeout` send, is as Ctrl-C: what runs is broken off, with one line.
+
+    For commands that are no training, which takes such a signal for a request to stop.
+
+    Args:
+        outcome: what is kept, and how to go on.
+
+    Raises:
+        SystemExit: it was interrupted.
+    """
+    asked_at: float | None = None
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal asked_at
+        is_echo = asked_at is not None and time.monotonic() - asked_at < ECHO_SECONDS
+        asked_at = asked_at or time.monotonic()
+        if not is_echo:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    _IN_PARENT.add(signal.SIGTERM)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write(f"interrupted; {outcome()}\n")
+        raise SystemExit(EXIT_INTERRUPTED if asked_at is None else EXIT_TERMINATED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _IN_PARENT.clear()
 
 
 _IN_PARENT: set[int] = set()

@@ -10,6 +10,7 @@ from torch import nn
 
 from llmtrain import engines
 from llmtrain.algorithms.distillation import Distilled, distilled
+from llmtrain.algorithms.judged import Around
 from llmtrain.contracts import Engine
 from llmtrain.data.build import Datasets, cache_directory, prepare_data, prepare_tokenizer
 from llmtrain.data.loader import Loader, evaluation_batches
@@ -60,8 +61,8 @@ def case(directory: Path, *, engine: dict[str, Any] | None = None, **algorithm: 
     held_out = evaluation_batches(datasets.validation, 16, 4, rank=0, world_size=1)
     template = datasets.documents.chat_template
     plan, decoder = BatchPlan(8, 4, 2, 1), blueprint.decoder
-    around = (student, teacher, decoder, tokenizer, template, tiny.ALONE, nullcontext)
-    made = distilled(recipe, plan, loader, held_out, *around)
+    around = Around(student, decoder, tiny.ALONE, directory, nullcontext, teacher=teacher)
+    made = distilled(recipe, plan, loader, held_out, tokenizer, template, around)
     return Case(recipe, tokenizer, datasets, student, teacher.model, made, loader)
 
 

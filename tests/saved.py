@@ -1,5 +1,6 @@
 """Tiny models and adapters on a disk, and the command line on them."""
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,20 @@ def assert_refused(done: Done, *texts: str, code: int = 2) -> None:
     assert "error: " in done.err and "Traceback" not in done.err
     for text in texts:
         assert text in done.err, done.err
+
+
+# Ways to interrupt a command, and the exit codes that they lead to.
+INTERRUPTIONS = ((signal.SIGINT, 130), (signal.SIGTERM, 143))
+
+
+def interrupt(number: signal.Signals) -> None:
+    """As Ctrl-C does, or a scheduler."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt  # the signal itself is ignored where a shell started the tests in the background
+    assert signal.getsignal(number) != signal.SIG_DFL, "it would end the tests"
+    signal.raise_signal(number)
+
+
+def kept_in(output: str) -> str:
+    """What an interrupted command says in the end."""
+    return f"interrupted; what is done is kept in {output}.partial, and the same command goes on from there"

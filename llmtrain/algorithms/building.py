@@ -62,21 +62,8 @@ def build_algorithm(
     asked = (recipe.samples, tokenizer, max_length, recipe.seed, datasets.documents.prompt_ids)
     algorithm = recipe.algorithm
     if isinstance(algorithm, schema.Distillation):
-        assert around.teacher is not None, "run.py opens it"
         template = datasets.documents.chat_template
-        parts = distilled(
-            recipe,
-            batch,
-            loader,
-            batches,
-            around.engine,
-            around.teacher,
-            decoder,
-            tokenizer,
-            template,
-            world,
-            around.phases,
-        )
+        parts = distilled(recipe, batch, loader, batches, tokenizer, template, around)
         return Supervised(*parts, TextSamples(*asked), datasets.fingerprint)
     if isinstance(algorithm, schema.CausalLM | schema.SFT):
         loss: Loss = sft.LOSSES[algorithm.loss] if isinstance(algorithm, schema.SFT) else causal_lm.nll

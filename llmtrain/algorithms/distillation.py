@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from llmtrain.algorithms.judged import Around
 from llmtrain.algorithms.on_policy import OnPolicy
 from llmtrain.algorithms.texts import HeldOut, Loss, bytes_of
-from llmtrain.contracts import POLICY, Engine, FrozenModel, LossOutput, MicroBatch, Phase
+from llmtrain.contracts import POLICY, FrozenModel, LossOutput, MicroBatch
 from llmtrain.data.loader import Loader
 from llmtrain.data.tokenizer import load_tokenizer, num_ids, pad_id
-from llmtrain.distributed import World
 from llmtrain.errors import InputError
 from llmtrain.models.checks import Asked, check_causality, check_document_isolation, check_head
 from llmtrain.models.decoder import Decoder
@@ -107,26 +107,22 @@ def distilled(
     batch: BatchPlan,
     loader: Loader,
     held_out: Sequence[MicroBatch],
-    engine: Engine,
-    teacher: FrozenModel,
-    decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     chat_template: Any,
-    world: World,
-    phases: Phase,
+    around: Around,
 ) -> Distilled:
     """The recipe's distillation; all ranks call it.
 
     Args:
         loader: gives this rank's micro-batches of the data.
         held_out: this rank's micro-batches to measure on.
-        engine: of the student, whose `decoder` is as it was before it was wrapped.
         chat_template: of the data, which may not be the tokenizer's own; None without one.
-        phases: names what goes on, for a watchdog.
+        around: with a teacher; its engine is the student's, whose `decoder` is as it was before it was wrapped.
     """
-    settings = recipe.algorithm
+    settings, engine, decoder = recipe.algorithm, around.engine, around.decoder
     assert isinstance(settings, schema.Distillation)
-    taught = Taught(settings, teacher)
+    assert around.teacher is not None, "run.py opens it"
+    taught = Taught(settings, around.teacher)
     num_bytes = bytes_of((micro.tensors["targets"] for micro in held_out), tokenizer)
     measured = TaughtHeldOut(taught, held_out, num_bytes)
     if settings.on_policy == 0:
@@ -151,11 +147,11 @@ def distilled(
 
     def write(prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         # Not an average of weights: on-policy is what the weights that are trained would write.
-        with phases("compute"), engine.evaluating(averaged=False), uncompiled(decoder):
+        with around.phases("compute"), engine.evaluating(averaged=False), uncompiled(decoder):
             return rollout(engine.model, prompts, seeds, writing, engine.device)
 
     on_policy = OnPolicy(
-        settings.on_policy, recipe.seed, loader, write, recipe.sequence_length, tokens, pad_id(tokenizer), world
+        settings.on_policy, recipe.seed, loader, write, recipe.sequence_length, tokens, pad_id(tokenizer), around.world
     )
     return Distilled(taught.loss, on_policy.micro_batches, measured)
 

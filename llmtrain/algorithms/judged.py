@@ -17,7 +17,7 @@ from llmtrain.algorithms.held_out_sums import HeldOutSums
 from llmtrain.algorithms.reference import Half, Reference, with_reference
 from llmtrain.algorithms.texts import Loss, Measured, Supervised, TextSamples
 from llmtrain.contracts import Algorithm, Engine, FrozenModel, MicroBatch, Phase
-from llmtrain.data.build import Datasets
+from llmtrain.data.build import Datasets, cache_directory
 from llmtrain.data.group_batches import GroupCollator, StepCollator
 from llmtrain.data.group_rows import GroupRows, MismatchedRows
 from llmtrain.data.loader import Collator, Loader, evaluation_batches
@@ -26,6 +26,7 @@ from llmtrain.data.prepared import group_layout
 from llmtrain.data.tokenizer import pad_id
 from llmtrain.distributed import World
 from llmtrain.models.decoder import Decoder
+from llmtrain.models.identity import weights_identity
 from llmtrain.recipe import schema
 from llmtrain.recipe.batch import BatchPlan
 from llmtrain.recipe.schema import Recipe
@@ -138,6 +139,8 @@ class _Build:
             self._collator(),
             around.directory,
             self.datasets.fingerprint,
+            lambda: weights_identity(self.recipe, cache_directory(self.recipe.data.cache_dir)),
+            self.recipe.adapter is not None,
             micro,
         )
         halves = [

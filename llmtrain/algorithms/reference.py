@@ -1,14 +1,15 @@
 """Log-probabilities of answers under the reference, the model as training finds it, computed once and kept.
 
-They lie in the run directory, in reference.safetensors with the data's fingerprint: a run that goes on reads them,
-since its model is no longer the reference. One that never began to train computes them anew: its recipe may be another
-by then.
+They lie in the run directory, in reference.safetensors with the fingerprints of the data and of the weights that the
+model begins with. A run that goes on from a checkpoint reads them, since its model is no longer the reference. One that
+begins again reads them if data and weights are those still. One that never began to train computes them anew: its
+recipe may be another by then.
 """
 
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,8 @@ class Reference:
         engine: whose model is the reference still.
         directory: of the run.
         fingerprint: of the data.
+        weights: gives the hash of the weights that the model begins with.
+        frozen: whether there are weights that are not trained, which checkpoints do not hold.
         micro_sequences: rows in a micro-batch.
     """
 
@@ -70,18 +73,21 @@ class Reference:
     collator: Collator
     directory: Path
     fingerprint: dict[str, str]
+    weights: Callable[[], str]
+    frozen: bool
     micro_sequences: int
 
     def logprobs(self, halves: Sequence[Half]) -> dict[str, Tensor]:
         """float32 [answers] by name of the half; those of mismatched answers by that name and "-mismatched".
 
         Raises:
-            InputError: those that are there are damaged, or of other data.
+            InputError: those that are there are damaged, or of other data or weights than the run can go on with.
             TrainingError: the disk is full.
         """
         kept = distributed.of_main(self._read, self.world)
         if kept is not None:
             return kept
+        weights = distributed.of_main(self.weights, self.world)  # now: they may be others when it is done
         log.info("computing log-probabilities under the reference, once")
         made: dict[str, Tensor] = {}
         for half in halves:
@@ -89,7 +95,7 @@ class Reference:
             if half.mismatched:
                 made[f"{half.name}-mismatched"] = self._computed(half, [MismatchedRows(rows) for rows in half.rows])
         if self.world.is_main:
-            self._write(made)
+            self._write(made, weights)
         return made
 
     def _computed(self, half: Half, rows: Sequence[GroupRows | MismatchedRows]) -> Tensor:
@@ -106,8 +112,8 @@ class Reference:
                 progress.advance(len(micro.tensors["input_ids"]))
         return torch.from_numpy(distributed.sum_array(values)).float()
 
-    def _metadata(self) -> dict[str, str]:
-        return {"data": json.dumps(self.fingerprint, sort_keys=True)}
+    def _data(self) -> str:
+        return json.dumps(self.fingerprint, sort_keys=True)
 
     def _read(self) -> dict[str, Tensor] | None:
         file = self.directory / FILE
@@ -115,23 +121,38 @@ class Reference:
             return None
         try:
             with safe_open(file, framework="pt") as opened:
-                if opened.metadata() != self._metadata():
-                    raise InputError(
-                        "the data changed since the log-probabilities under the reference were computed",
-                        where=str(file),
-                        remedy="bring the former data back, or start a new run with another name=...",
-                    )
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+                goes_on = any((self.directory / "checkpoints").glob("step-*"))
+                changed = self._changed(opened.metadata() or {}, goes_on)
+                if changed is None:
+                    return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
         except SafetensorError as error:
             raise InputError(
                 f"cannot be read: {error}", where=str(file), remedy="start a new run with another name=..."
             ) from None
+        what = f"{changed} changed since the log-probabilities under the reference were computed"
+        if goes_on:
+            raise InputError(
+                what,
+                where=str(file),
+                remedy=f"bring the former {changed.split()[-1]} back, or start a new run with another name=...",
+            )
+        log.warning("%s, and the run begins again", what)
+        return None
 
-    def _write(self, made: dict[str, Tensor]) -> None:
+    def _changed(self, kept: Mapping[str, str], goes_on: bool) -> str | None:
+        """What is not as it was when they were computed."""
+        if kept.get("data") != self._data():
+            return "the data"
+        # A checkpoint holds all that is trained, whatever became of the files that it began with.
+        if (self.frozen or not goes_on) and kept.get("weights") != self.weights():
+            return "the model's weights"
+        return None
+
+    def _write(self, made: dict[str, Tensor], weights: str) -> None:
         file = self.directory / FILE
         aside = file.with_name(f".writing-{FILE}")
         try:
-            save_file(made, aside, self._metadata())
+            save_file(made, aside, {"data": self._data(), "weights": weights})
             fsync_path(aside)
             os.replace(aside, file)
             fsync_path(self.directory)

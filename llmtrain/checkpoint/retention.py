@@ -40,9 +40,11 @@ def remove_old(directory: Path, spec: Checkpoint, broken: Collection[Path]) -> N
 
 def best_of(metrics: Mapping[Path, Mapping[str, float]], best: Best) -> Path | None:
     """The checkpoint with the best figure, the first of equals; None where none has it."""
-    sign = 1 if best.mode == "min" else -1
-    having = {path: sign * found[best.metric] for path, found in metrics.items() if best.metric in found}
-    return min(having, key=having.__getitem__) if having else None
+    having = {path: found[best.metric] for path, found in metrics.items() if best.metric in found}
+    if not having:
+        return None
+    sign = 1 if best.better == "min" else -1
+    return min(having, key=lambda path: sign * having[path])
 
 
 def remove(path: Path) -> None:

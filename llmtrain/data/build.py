@@ -23,7 +23,7 @@ from llmtrain.data.grouping import LengthGroupedOrder
 from llmtrain.data.hashing import hash_settings
 from llmtrain.data.order import MixtureOrder, Order, ShuffledOrder, tempered
 from llmtrain.data.packing import Rows
-from llmtrain.data.prepared import Prepared, check_trained, held_out_fraction, prepare_sources, report
+from llmtrain.data.prepared import Prepared, check_labels, check_trained, held_out_fraction, prepare_sources, report
 from llmtrain.data.progress import byte_progress
 from llmtrain.data.sources import describe, num_bytes, read_documents
 from llmtrain.data.tokenizer import load_tokenizer
@@ -196,12 +196,14 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache_dir: 
     """The recipe's rows, tokenised unless they are in the cache.
 
     Raises:
-        InputError: bad input, no document to train on or to hold out, or too many without a trained token.
+        InputError: bad input, no document to train on or to hold out, too many without a trained token, or only good
+            or only bad answers where both are needed.
     """
     prepared = prepare_sources(recipe, tokenizer, cache_dir)
     for half in [*prepared.train, *prepared.validation]:
         check_trained(half, recipe)
         report(half, recipe)
+    check_labels(prepared.train, recipe)
     return datasets_of(prepared, recipe)
 
 

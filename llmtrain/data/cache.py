@@ -260,7 +260,10 @@ def _write(
     if not any(writer.num_documents for writer in halves.values()):
         remedy = "check the source: empty and whitespace-only documents do not count"
         if left_out.nothing_to_learn:
-            remedy += ", and " + "; ".join(f"of {num}: {why}" for why, (num, _) in left_out.nothing_to_learn.items())
+            reasons = left_out.nothing_to_learn.items()
+            remedy += ", nor do: " + "; ".join(
+                f"{num}, example {first + 1} is the first: {why}" for why, (num, first) in reasons
+            )
         raise InputError("the corpus is empty: no document", where=describe(source), remedy=remedy)
     _report(source, halves, left_out, documents.masked, progress.seconds)
     return {

@@ -23,6 +23,7 @@ import logging
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 from tokenizers import Encoding
@@ -179,28 +180,28 @@ class ExampleEncoder:
     def _steps(self, example: Stepwise, separator: str) -> _Prepared:
         """The answer as one text, whose spans are the last character of each step with its separator."""
         steps = [step + separator for step in example.completions]
+        whole = "".join(steps)
         if isinstance(example.prompt, str):
-            prepared = self._framed(example.prompt, "".join(steps), example.where)
+            prepared = self._framed(example.prompt, whole, example.where)
         else:
-            answer = {"role": "assistant", "content": "".join(steps)}
-            whole = Conversation([*example.prompt, answer], example.where, num_prompt=len(example.prompt))
-            prepared = self._chat(whole)
-        place, spans = prepared.spans[0][0], []
-        for step in steps:
-            # Some templates strip an answer, so that its first spaces and its last separator may be gone.
-            start, end = next(
-                (
-                    (found, found + len(piece))
-                    for piece in (step, step.rstrip(), step.lstrip(), step.strip())
-                    if (found := prepared.text.find(piece, place)) >= 0
-                ),
-                (-1, -1),
-            )
-            if start < 0:
-                message = "the chat template changes the steps, or they hold what looks like a special token"
-                raise InputError(message, where=example.where, remedy="write them otherwise, or leave the record out")
-            place = end
-            spans.append((end - 1, end))
+            messages = [*example.prompt, {"role": "assistant", "content": whole}]
+            prepared = self._chat(Conversation(messages, example.where, num_prompt=len(example.prompt)))
+        place = prepared.spans[0][0]
+        # Some templates strip an answer, so that its first spaces and its last separator may be gone.
+        lead = len(whole) - len(whole.lstrip())
+        lost, said, start = next(
+            (
+                (lost, said, start)
+                for lost, said in ((0, whole), (0, whole.rstrip()), (lead, whole.lstrip()), (lead, whole.strip()))
+                if (start := prepared.text.find(said, place)) >= 0
+            ),
+            (0, "", -1),
+        )
+        if start < 0:
+            message = "the chat template changes the steps, or they hold what looks like a special token"
+            raise InputError(message, where=example.where, remedy="write them otherwise, or leave the record out")
+        ends = [start + min(end - lost, len(said)) for end in accumulate(map(len, steps))]
+        spans = [(end - 1, end) for end in ends]
         return prepared._replace(spans=spans, turns=False, learns_end=False, ends=True)
 
     def _framed(self, prompt: str, learnt: str, where: str) -> _Prepared:

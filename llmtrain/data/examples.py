@@ -7,7 +7,8 @@ from typing import Any
 from llmtrain.data.conversations import Message
 
 
-def _canonical(*values: Any) -> str:
+def canonical(*values: Any) -> str:
+    """The values as one string, equal for equal ones, whatever the order of keys."""
     return json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)
 
 
@@ -39,7 +40,7 @@ class Conversation:
 
     @property
     def content(self) -> str:
-        return _canonical(self.messages, self.tools, self.num_prompt)
+        return canonical(self.messages, self.tools, self.num_prompt)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class PromptCompletion:
 
     @property
     def content(self) -> str:
-        return _canonical(self.prompt, self.completion)
+        return canonical(self.prompt, self.completion)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Preference:
 
     @property
     def content(self) -> str:
-        return _canonical(self.prompt, self.chosen, self.rejected, self.tools, self.margin)
+        return canonical(self.prompt, self.chosen, self.rejected, self.tools, self.margin)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Ranking:
 
     @property
     def content(self) -> str:
-        return _canonical(self.prompt, self.completions, self.ranks, self.tools)
+        return canonical(self.prompt, self.completions, self.ranks, self.tools)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Labelled:
 
     @property
     def content(self) -> str:
-        return _canonical(self.prompt, self.completion, self.label, self.tools)
+        return canonical(self.prompt, self.completion, self.label, self.tools)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class PromptOnly:
 
     @property
     def content(self) -> str:
-        return _canonical(self.prompt, self.columns)
+        return canonical(self.prompt, self.columns)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Stepwise:
 
     @property
     def content(self) -> str:
-        return _canonical(self.prompt, self.completions, self.labels)
+        return canonical(self.prompt, self.completions, self.labels)
 
 
 Example = Text | Conversation | PromptCompletion | Preference | Ranking | Labelled | PromptOnly | Stepwise

@@ -18,8 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from llmtrain.data import huggingface, python_tree
 from llmtrain.data.built import permission_told
 from llmtrain.data.files import expand
-from llmtrain.data.hashing import hash_file, hash_settings
-from llmtrain.errors import InputError
+from llmtrain.data.hashing import hash_file, hash_settings, identity
 from llmtrain.recipe.schema import HuggingFaceSource, JSONLSource, ParquetSource, PythonSource, Source, TextSource
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def fingerprint(source: Source, cache_dir: Path) -> str:
         settings["dataset"] = huggingface.load(source)._fingerprint  # the library's own, of revision and files
     else:
         name = hash_settings([source.kind, source.model_dump(include={"path", "paths"})])
-        settings["files"] = _hashes(files, cache_dir / "fingerprints" / name)
+        settings["files"] = content_hashes(files, cache_dir / "fingerprints" / name)
     return hash_settings(settings)
 
 
@@ -71,8 +70,8 @@ def _visible_files(directory: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
-def _hashes(files: list[Path], memo: Path) -> list[str]:
-    """Content hashes in order. One process hashes while others wait for what it remembers."""
+def content_hashes(files: list[Path], memo: Path) -> list[str]:
+    """Content hashes in order. One process hashes while others wait for what it remembers in the file `memo`."""
     memo.parent.mkdir(parents=True, exist_ok=True)
     with permission_told(), FileLock(f"{memo}.lock"):
         known = _read_memo(memo)
@@ -94,11 +93,7 @@ def _hashes(files: list[Path], memo: Path) -> list[str]:
 
 
 def _state(path: Path) -> tuple[str, list[int]]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    return os.path.realpath(path), [status.st_size, status.st_mtime_ns, status.st_ino]
+    return os.path.realpath(path), identity(path)
 
 
 def _read_memo(memo: Path) -> dict[str, tuple[list[int], str]]:

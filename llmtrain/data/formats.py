@@ -72,13 +72,17 @@ __all__ = [
 ]
 
 
-def read_examples(source: Source) -> Iterator[Example]:
+def read_examples(source: Source, *, labelled: bool = False) -> Iterator[Example]:
     """The examples of a source in the order of its records.
+
+    Args:
+        labelled: a completion with a label is of format labelled, whatever its label is; otherwise a label that is
+            no boolean is some other column.
 
     Raises:
         InputError: with file and line, what was found, what was expected and an example of it.
     """
-    reader = _Reader(source)
+    reader = _Reader(source, labelled)
     ids = _Ids(source, reader.columns.get("id", "id"))
     for record in read_records(source):
         ids.check(record)
@@ -88,8 +92,9 @@ def read_examples(source: Source) -> Iterator[Example]:
 class _Reader:
     """Turns the records of one source into examples of one format."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, labelled: bool):
         self.columns: dict[str, str] = {}
+        self._labelled = labelled
         self._format: str | None = None
         if isinstance(source, RecordSource):
             self.columns = {"text": source.field} if source.field != "text" else {}
@@ -108,7 +113,7 @@ class _Reader:
             self._check_columns(record)
             self._columns_checked = True
         if self._format is None:
-            self._format = _detect(fields, record.where)
+            self._format = _detect(fields, record.where, self._labelled)
             self._why = f"as {record.where} is"
         shape = SHAPES[self._format]
         missing = [name for name in shape.required if name not in fields]
@@ -139,7 +144,7 @@ class _Reader:
     def _missing(self, name: str, fields: dict[str, Any], where: str) -> InputError:
         assert self._format is not None
         mine = set(SHAPES[self._format].required)
-        found = [other for other in _matches(fields) if not mine.issuperset(SHAPES[other].required)]
+        found = [other for other in _matches(fields, self._labelled) if not mine.issuperset(SHAPES[other].required)]
         expected = f"expected here ({self._why}): {SHAPES[self._format].example}"
         if found:
             message = f"mixed formats: a record of format {found[0]} where {self._format} is expected"
@@ -181,16 +186,16 @@ class _Ids:
                 )
 
 
-def _matches(fields: dict[str, Any]) -> list[str]:
+def _matches(fields: dict[str, Any], labelled: bool) -> list[str]:
     """The formats whose required fields are all there; text and prompt_only only where there is no other."""
     found = [name for name, shape in SHAPES.items() if all(required in fields for required in shape.required)]
-    if "labelled" in found:  # a label that is no boolean is some other column
-        found.remove("prompt_completion" if isinstance(fields["label"], bool) else "labelled")
+    if "labelled" in found:
+        found.remove("prompt_completion" if labelled or isinstance(fields["label"], bool) else "labelled")
     return [name for name in found if name not in WEAK] or found
 
 
-def _detect(fields: dict[str, Any], where: str) -> str:
-    found = _matches(fields)
+def _detect(fields: dict[str, Any], where: str, labelled: bool) -> str:
+    found = _matches(fields, labelled)
     if len(found) > 1:
         message = f"may be of format {' or '.join(found)}; fields: {', '.join(fields)}"
         raise InputError(message, where=where, remedy="set `format` of this source to the one that is meant")

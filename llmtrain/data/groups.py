@@ -11,18 +11,20 @@ Beside the tokens each answer has two values: its level (its rank, less is bette
 and 1 for bad) and its grade: scores of two answers shall differ by the difference of their grades at least.
 
 Answers in steps are a group of one, whose marks of 3 stand where a step is judged; the values are those of the steps:
-(1 for right or 0 for wrong, 0).
+(1 for right or 0 for wrong, 0). A step is what `models/steps.py` would cut out of the answer when the model is asked:
+separators around it do not count, and one that holds a separator would be several, so that its example is left out.
 """
 
-import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from llmtrain.data.chat import ExampleEncoder, Tokens
-from llmtrain.data.conversations import Message
+from llmtrain.data.conversations import TOOL, USER, Message
 from llmtrain.data.examples import (
     Conversation,
     Example,
@@ -33,15 +35,20 @@ from llmtrain.data.examples import (
     Ranking,
     Stepwise,
     Text,
+    canonical,
 )
 from llmtrain.data.formats import read_examples
 from llmtrain.data.hashing import hash_settings
 from llmtrain.data.tokenizer import num_ids
 from llmtrain.errors import InputError
+from llmtrain.models.steps import one_step, steps_of
 from llmtrain.recipe.schema import Data, Source
 
-FORMAT = 2  # change it with anything that changes marks, values or halves
+log = logging.getLogger(__name__)
+
+FORMAT = 3  # change it with anything that changes marks, values or halves
 MOST_ANSWERS = 127  # whose marks a byte holds
+_NO_PROMPT = "their answers have no prompt in common"
 
 Wanted = Literal["compared", "labelled", "steps"]
 _WANTED: dict[Wanted, str] = {
@@ -64,31 +71,40 @@ class Judged:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data, wanted: Wanted, separator: str | None = None):
         self._encoder = ExampleEncoder(tokenizer, data.chat_template, data.train_on, separator)
         self._wanted: Wanted = wanted
+        self._separator, self._warned = separator, False
         self.fingerprint = hash_settings([FORMAT, wanted, self._encoder.fingerprint])
         self.num_ids, self.chat_template = num_ids(tokenizer), self._encoder.inference_template
 
     def read(self, source: Source) -> Iterator[Example]:
         """The examples of a source; a preference is two labelled answers where such are wanted."""
-        for example in read_examples(source):
-            # Equal ones are told of as pairs, and left out.
+        for example in read_examples(source, labelled=self._wanted == "labelled"):
+            # What is no two labelled answers is told of as a pair, and left out.
             if self._wanted == "labelled" and isinstance(example, Preference) and not _equal(example):
-                prompt, (chosen, rejected) = _asked(example.prompt, [example.chosen, example.rejected])
-                if not prompt:
-                    raise _lacks_prompt(example.where)
-                for answer, label in ((chosen, True), (rejected, False)):
-                    yield Labelled(prompt, answer, label, example.where, example.tools)
-            else:
-                yield example
+                prompt, answers = _asked(example.prompt, _answers(example))
+                if prompt:
+                    self._tell(example, prompt, answers)
+                    for answer, label in zip(answers, (True, False), strict=True):
+                        yield Labelled(prompt, answer, label, example.where, example.tools)
+                    continue
+            yield example
 
     def content(self, document: Example) -> str:
         return document.content
 
     def halved_by(self, document: Example) -> str:
-        """The prompt: what was trained on one answer to it would know it when it is asked to judge another."""
+        """The prompt: what was trained on one answer to it would know it when it is asked to judge another.
+
+        Texts without a prompt decide for themselves: what the two of a pair begin with may be what all begin with.
+        """
         match document:
-            case Preference() | Ranking() | Labelled() | Stepwise() if document.prompt is not None:
-                tools = None if isinstance(document, Stepwise) else document.tools
-                return json.dumps([document.prompt, tools], ensure_ascii=False, sort_keys=True)
+            case Stepwise():
+                return canonical(document.prompt)
+            case Preference() | Ranking() | Labelled():
+                prompt, answers = document.prompt, _answers(document)
+                if not prompt and not isinstance(answers[0], str):
+                    prompt, _ = _asked(None, answers)
+                if prompt:
+                    return canonical(prompt, document.tools)
         return document.content
 
     def encode(self, documents: Sequence[Example]) -> list[Tokens]:
@@ -113,13 +129,15 @@ class Judged:
             case (("compared" | "labelled"), Preference()) if _equal(example):
                 return "their chosen and rejected answers are equal"
             case "compared", Preference():
-                return _each(example.prompt, [example.chosen, example.rejected], example)
+                return self._each(_answers(example), example)
             case "compared", Ranking():
                 return self._ranked(example)
+            case "labelled", Preference() if not _asked(example.prompt, _answers(example))[0]:
+                return _NO_PROMPT
             case "labelled", Labelled():
-                return _each(example.prompt, [example.completion], example)
+                return self._each(_answers(example), example)
             case "steps", Stepwise():
-                return [example]
+                return self._stepwise(example)
         raise InputError(
             f"the algorithm learns from {_WANTED[self._wanted]}; this is {_kind(example)}",
             where=example.where,
@@ -138,7 +156,50 @@ class Judged:
         answers = [answer for _, answer in by_rank]
         if any(_same(one, other) for index, one in enumerate(answers) for other in answers[:index]):
             return "they have an answer twice"
-        return _each(example.prompt, answers, example)
+        return self._each(answers, example)
+
+    def _each(self, answers: Sequence[Any], example: Preference | Ranking | Labelled) -> list[Example] | str:
+        """The answers as examples to encode, each with the prompt; or why they cannot be compared."""
+        asked, rest = _asked(example.prompt, answers)
+        if isinstance(answers[0], str):
+            return [
+                PromptCompletion(asked, answer, example.where) if asked else Text(answer, example.where)
+                for answer in rest
+            ]
+        if not asked:
+            return _NO_PROMPT
+        self._tell(example, asked, rest)
+        return [Conversation([*asked, *one], example.where, example.tools, num_prompt=len(asked)) for one in rest]
+
+    def _tell(self, example: Preference | Ranking | Labelled, asked: Sequence[Any], rest: Sequence[Any]) -> None:
+        """Tells once of conversations without a prompt whose answers are more than their last turns."""
+        if example.prompt is None and not isinstance(rest[0], str) and max(map(len, rest)) > 1 and not self._warned:
+            log.warning(
+                "%s: the conversations differ before their last turns; their answers are all that follows the %d "
+                "messages that they begin with, there and in what follows",
+                example.where,
+                len(asked),
+            )
+            self._warned = True
+
+    def _stepwise(self, example: Stepwise) -> list[Example] | str:
+        """The example with its steps as an answer of them would be cut into, or why that would be other ones."""
+        assert self._separator is not None
+        cut = [one_step(step, self._separator) for step in example.completions]
+        steps = [step for step in cut if step is not None]
+        if len(steps) < len(cut):
+            return f"a step of theirs would be cut by algorithm.separator {self._separator!r}"
+        return [replace(example, completions=steps)]
+
+
+def _answers(example: Preference | Ranking | Labelled) -> list[Any]:
+    match example:
+        case Preference():
+            return [example.chosen, example.rejected]
+        case Ranking():
+            return list(example.completions)
+        case Labelled():
+            return [example.completion]
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -163,25 +224,10 @@ def _kind(example: Example) -> str:
     return kinds[type(example)]
 
 
-def _lacks_prompt(where: str) -> InputError:
-    return InputError("the answers have no prompt in common", where=where, remedy="give a prompt, or leave it out")
-
-
-def _each(prompt: Any, answers: Sequence[Any], example: Example) -> list[Example]:
-    """The answers as examples to encode, each with the prompt."""
-    where, tools = example.where, example.tools if isinstance(example, Preference | Ranking | Labelled) else None
-    asked, rest = _asked(prompt, answers)
-    if not isinstance(answers[0], str):
-        return [Conversation([*asked, *answer], where, tools, num_prompt=len(asked)) for answer in rest]
-    if not asked:
-        return [Text(answer, where) for answer in rest]
-    return [PromptCompletion(str(asked), answer, where) for answer in rest]
-
-
 def _asked(prompt: Any, answers: Sequence[Any]) -> tuple[Any, list[Any]]:
     """The prompt and what each answer adds; without a prompt, what all answers begin with is it.
 
-    Of texts that is cut back to where a word ends; of conversations to a message that asks.
+    Of texts that is cut back to where a word ends; of conversations to a message that asks. It may be nothing.
     """
     if prompt is not None:
         return prompt, list(answers)
@@ -196,7 +242,7 @@ def _asked(prompt: Any, answers: Sequence[Any]) -> tuple[Any, list[Any]]:
     shortest = min(len(answer) for answer in answers)
     while num < shortest and all(answer[num] == answers[0][num] for answer in answers):
         num += 1
-    while num and (num == shortest or answers[0][num - 1]["role"] == "assistant"):
+    while num and (num == shortest or answers[0][num - 1]["role"] not in (USER, TOOL)):
         num -= 1
     return answers[0][:num], [answer[num:] for answer in answers]
 
@@ -253,7 +299,7 @@ class AnswerEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, separator: str | None = None):
-        self._encoder = ExampleEncoder(tokenizer, separator=separator)
+        self._encoder, self._separator = ExampleEncoder(tokenizer, separator=separator), separator
 
     def answer(
         self,
@@ -281,9 +327,20 @@ class AnswerEncoder:
         """Ids of the whole, and where each step is judged.
 
         Raises:
-            InputError: the tokenizer does not keep the steps apart.
+            InputError: a step is not one to the separator, or the tokenizer does not keep the steps apart.
         """
-        tokens = self._encoder.encode([Stepwise(prompt, list(steps), [False] * len(steps), where)])[0]
+        assert self._separator is not None
+        # An answer of nothing is a step of nothing. The last one may end in the beginning of a separator.
+        cut = [steps_of(step, self._separator) if step.strip() else [""] for step in steps]
+        for number, pieces in enumerate(cut, start=1):
+            if len(pieces) != 1:
+                raise InputError(
+                    f"step {number} would be cut by the separator {self._separator!r}",
+                    where=where,
+                    remedy="leave the answer out, or use a model with another separator",
+                )
+        whole = [piece for pieces in cut for piece in pieces]
+        tokens = self._encoder.encode([Stepwise(prompt, whole, [False] * len(whole), where)])[0]
         ends = [place for place, judged in enumerate(tokens.trained) if judged]
         if len(ends) != len(steps):
             raise InputError(

@@ -20,8 +20,11 @@ from llmtrain.data.packing import PackedRows, Row
 from llmtrain.data.prepared import (
     Prepared,
     SourceRows,
+    check_labels,
     check_trained,
     efficiency,
+    groups_left_out,
+    place_of_example,
     plan_settings,
     prepare_sources,
 )
@@ -55,7 +58,7 @@ def inspect(
         printer.legend()
     for number, (source, index) in enumerate(_chosen(prepared, recipe, half, num_rows), start=1):
         printer.row(number, halves[source], index)
-    for source_rows in halves if num_rows else ():
+    for source_rows in halves:
         printer.left_out(source_rows, num_rows)
     if histogram:
         printer.histogram(halves)
@@ -64,6 +67,7 @@ def inspect(
         printer.line("more: --rows N, --full, --half validation; other settings: KEY=VALUE, e.g. data.packing=none")
     for source_rows in [*prepared.train, *prepared.validation]:
         check_trained(source_rows, recipe)
+    check_labels(prepared.train, recipe)
 
 
 def _chosen(prepared: Prepared, recipe: Recipe, half: str, num: int) -> list[tuple[int, int]]:
@@ -233,8 +237,14 @@ class _Printer:
         return f"{text[:SHOWN_AT_START]} <... {hidden:,} characters, see --full ...> {text[-SHOWN_AT_END:]}"
 
     def left_out(self, half: SourceRows, num: int) -> None:
-        """Documents without a trained token; they are in no row, but for packing documents."""
-        if half.counts is None or not half.counts.num_empty or half.corpus.judged is not None:
+        """Why groups of answers are left out; else `num` documents without a trained token.
+
+        These are in no row, but for packing documents.
+        """
+        if half.corpus.judged is not None:
+            self._groups_left_out(half)
+            return
+        if half.counts is None or not half.counts.num_empty or not num:
             return
         what = "trained on nothing" if half.plan is None else "left out"
         self.line(f"\n=== {describe(half.source)}: {half.counts.num_empty:,} documents {what} ===", "bold red")
@@ -251,8 +261,17 @@ class _Printer:
                 num = int(half.corpus.trained[stop:end].sum())
                 self.line(f"... truncated: {end - stop:,} tokens are lost, {num:,} trained ones among them", "bold red")
 
+    def _groups_left_out(self, half: SourceRows) -> None:
+        left_out = groups_left_out(half, self._recipe)
+        if left_out:
+            total = sum(reason.num for reason in left_out)
+            self.line(f"\n=== {describe(half.source)}: {total:,} groups of answers left out ===", "bold red")
+        for reason in left_out:
+            self.line(f"{reason.num:,}: {reason.why}; the first is {place_of_example(half, reason.first)}")
+
     def histogram(self, halves: list[SourceRows]) -> None:
-        longest = self._recipe.sequence_length + plan_settings(self._recipe).lookahead
+        are_groups = any(half.corpus.judged is not None for half in halves)
+        longest = self._recipe.sequence_length + (0 if are_groups else plan_settings(self._recipe).lookahead)
         self.line("\ndocuments by tokens", "bold")
         bins = length_counts([half.corpus for half in halves], longest)
         most, total = max(entry.num for entry in bins), sum(entry.num for entry in bins)
@@ -284,7 +303,12 @@ class _Printer:
         add("truncated", [0 if count is None else count.num_truncated for count in counts])
         add("tokens lost by it", [0 if count is None else count.num_dropped for count in counts])
         add("split", [_num_split(half, length) for half in halves])
-        add("without a trained token", [0 if count is None else count.num_empty for count in counts])
+        if all(half.corpus.judged is None for half in halves):
+            add("without a trained token", [0 if count is None else count.num_empty for count in counts])
+        else:
+            left_out = [{reason.why: reason.num for reason in groups_left_out(half, self._recipe)} for half in halves]
+            for why in dict.fromkeys(why for reasons in left_out for why in reasons):
+                add(f"left out: {why}", [reasons.get(why, 0) for reasons in left_out])
         self.line("\nfigures", "bold")
         if not self._console.is_terminal:  # for programs: tabs between the columns
             for name, values in figures.items():

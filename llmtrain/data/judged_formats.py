@@ -58,7 +58,7 @@ def parse_labelled(fields: dict[str, Any], where: str) -> Example:
     check_same_kind({name: fields[name] for name in ("prompt", "completion")}, where)
     label = fields["label"]
     if not isinstance(label, bool):
-        remedy = "true for a good answer, false for a bad one"
+        remedy = "write true for a good answer, false for a bad one"
         raise InputError(f"label is {a_type(label)} ({label!r}), not true or false", where=where, remedy=remedy)
     prompt = _prompt(fields["prompt"], where)
     completion = _answer(fields["completion"], "completion", prompt, where)

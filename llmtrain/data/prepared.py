@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llmtrain.data.cache import TRAIN, VALIDATION, Halves, TokenCorpus, tokenised
@@ -18,7 +19,7 @@ from llmtrain.data.row_plan import PlanSettings, RowCounts, plan_rows, plan_stre
 from llmtrain.data.sources import describe
 from llmtrain.data.tokenizer import pad_id
 from llmtrain.errors import InputError
-from llmtrain.recipe.schema import DIFFUSION, KTO, Data, Recipe, Source
+from llmtrain.recipe.schema import DIFFUSION, KTO, Data, ProcessReward, Recipe, Source
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ def report(half: SourceRows, recipe: Recipe) -> None:
     if counts is None or not counts.num_documents:
         return
     if half.corpus.judged is not None:
-        report_groups(half, counts, length)
+        report_groups(half, counts, recipe)
         return
     what, all_of = describe(half.source), f"{counts.num_documents:,} documents"
     if counts.num_truncated:
@@ -256,48 +257,103 @@ def efficiency(half: SourceRows, sequence_length: int) -> float:
     return num / slots if slots else 0.0
 
 
+class LeftOut(NamedTuple):
+    """Groups of answers of a source that are in no row for the same reason.
+
+    Attributes:
+        first: the first one's number in the source.
+        remedy: what a user may do.
+    """
+
+    why: str
+    num: int
+    first: int
+    remedy: str
+
+
+def groups_left_out(half: SourceRows, recipe: Recipe) -> list[LeftOut]:
+    """Groups of answers of the source that teach nothing, by reason."""
+    counts = half.counts
+    assert counts is not None and half.corpus.numbers is not None
+    remedy = "leave them out of the data"
+    if isinstance(recipe.algorithm, ProcessReward):
+        remedy += ", or choose another algorithm.separator"
+    left_out = [LeftOut(why, num, first, remedy) for why, (num, first) in half.nothing_to_learn.items()]
+    if not counts.num_cut_off:
+        return left_out
+    why = f"they do not fit in a row of {recipe.sequence_length} tokens"
+    remedy = f"raise sequence_length (the longest takes {counts.longest:,})"
+    # Of one source they have a mismatch all, or none.
+    if counts.longest <= recipe.sequence_length:
+        why = "there is no other prompt whose answer a mismatch could be made of"
+        remedy = f"give answers to other prompts{', or hold out more' if held_out_fraction(recipe.data) else ''}"
+    assert counts.first_empty is not None
+    return [*left_out, LeftOut(why, counts.num_cut_off, int(half.corpus.numbers[counts.first_empty]), remedy)]
+
+
 def check_groups(half: SourceRows, recipe: Recipe) -> None:
     """Raises InputError where more groups of answers than data.max_empty_share teach nothing."""
     counts = half.counts
     assert counts is not None
-    nothing = {f"{num:,}: {why}": first for why, (num, first) in half.nothing_to_learn.items()}
-    num_nothing = sum(num for num, _ in half.nothing_to_learn.values())
-    num, num_all = counts.num_cut_off + num_nothing, counts.num_documents + num_nothing
+    left_out = groups_left_out(half, recipe)
+    num = sum(reason.num for reason in left_out)
+    num_all = num + counts.num_documents - counts.num_cut_off
     if not num or (num / num_all <= recipe.data.max_empty_share and len(half.rows)):
         return
-    reasons, remedies = list(nothing), ["leave them out of the data"] if nothing else []
-    # Of one source they have a mismatch all, or none.
-    if counts.num_cut_off and counts.longest <= recipe.sequence_length:
-        reasons.append(f"{counts.num_cut_off:,}: there is no other prompt whose answer a mismatch could be made of")
-        remedies.append(
-            f"give answers to other prompts{', or hold out more' if held_out_fraction(recipe.data) else ''}"
-        )
-    elif counts.num_cut_off:
-        reasons.append(f"{counts.num_cut_off:,} do not fit in a row of {recipe.sequence_length} tokens")
-        remedies.append(f"raise sequence_length (the longest takes {counts.longest:,})")
-    first = next(iter(nothing.values()), None)
-    place = place_of_example(half, first) if first is not None else place_of(half, counts.first_empty)
+    reasons = [
+        f"{reason.num:,}: {reason.why}, the first is {place_of_example(half, reason.first)}" for reason in left_out
+    ]
+    remedies = dict.fromkeys(reason.remedy for reason in left_out)
     raise InputError(
         f"{num:,} of {num_all:,} groups of answers of {describe(half.source)} ({num / num_all:.1%}) teach nothing "
-        f"({'; '.join(reasons)}); data.max_empty_share is {recipe.data.max_empty_share:g}; the first is {place}",
+        f"({'; '.join(reasons)}); data.max_empty_share is {recipe.data.max_empty_share:g}",
         where=half.key,
         remedy="; ".join([*remedies, *(["or raise data.max_empty_share"] if len(half.rows) else [])]),
     )
 
 
-def report_groups(half: SourceRows, counts: RowCounts, length: int) -> None:
+def check_labels(train: Sequence[SourceRows], recipe: Recipe) -> None:
+    """Raises InputError where all answers that KTO would train on are good, or all are bad."""
+    if not isinstance(recipe.algorithm, KTO):
+        return
+    levels = set[float]()
+    for half in train:
+        assert isinstance(half.plan, GroupPlan) and half.corpus.judged is not None
+        # Each document is one answer.
+        levels |= set(np.unique(half.corpus.judged.values[half.plan.documents, 0]).tolist())
+    if len(levels) != 1:
+        return
+    half = next(half for half in train if len(half.rows))
+    assert isinstance(half.plan, GroupPlan)
+    first = place_of(half, int(half.plan.documents.min()))
+    kind, other, label = ("bad", "good", "true") if levels.pop() else ("good", "bad", "false")
+    remedy = f"add {other} answers (label {label})"
+    if held_out_fraction(recipe.data):
+        remedy += ", or hold out less if they are there"
+    if kind == "good":
+        remedy += "; answers that are only to be imitated are for algorithm.kind sft"
+    raise InputError(
+        f"all answers to train on are {kind}, and kto learns from good and bad ones; the first is {first}",
+        where="data.train",
+        remedy=remedy,
+    )
+
+
+def report_groups(half: SourceRows, counts: RowCounts, recipe: Recipe) -> None:
     """Logs what became of groups of answers."""
     what = describe(half.source)
-    for why, (num, first) in half.nothing_to_learn.items():
-        text = "%s: %s groups of answers were left out: %s; the first is %s"
-        log.warning(text, what, f"{num:,}", why, place_of_example(half, first))
-    if counts.num_cut_off:
-        text = "%s: %s of %s groups of answers do not fit in a row of %d tokens and were left out"
-        log.warning(text, what, f"{counts.num_cut_off:,}", f"{counts.num_documents:,}", length)
+    for reason in groups_left_out(half, recipe):
+        log.warning(
+            "%s: %s groups of answers were left out: %s; the first is %s",
+            what,
+            f"{reason.num:,}",
+            reason.why,
+            place_of_example(half, reason.first),
+        )
     log.info(
         "%s: %s groups of answers in %s rows, %.1f%% of whose slots hold tokens",
         what,
         f"{counts.num_documents - counts.num_cut_off:,}",
         f"{len(half.rows):,}",
-        100 * efficiency(half, length),
+        100 * efficiency(half, recipe.sequence_length),
     )

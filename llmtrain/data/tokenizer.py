@@ -15,6 +15,7 @@ from llmtrain.data.byte_pieces import byte_of_piece
 from llmtrain.data.files import why_missing
 from llmtrain.data.hashing import hash_settings
 from llmtrain.errors import InputError
+from llmtrain.recipe.resolved import check_is_no_run
 
 
 def load_tokenizer(path: str, revision: str | None = None, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
@@ -33,6 +34,7 @@ def load_tokenizer(path: str, revision: str | None = None, gguf_file: str | None
     if not os.path.isdir(local) and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
         message = f"{why_missing(local, 'directory')}, and no hub name"
         raise InputError(message, where=path, remedy="correct the path")
+    check_is_no_run(expanded, path)
     gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         with _unknown_models_allowed():

@@ -14,7 +14,7 @@ import torch
 import typer
 
 from llmtrain import __version__
-from llmtrain.directories import new_file
+from llmtrain.directories import check_file, whole_file
 from llmtrain.errors import InputError
 from llmtrain.evaluation import choices, harness, pairs, perplexity, questions, steps
 from llmtrain.evaluation.figures import Figure, Measured
@@ -78,8 +78,8 @@ def evaluate(choice: ModelChoice, files: Sequence[Path], options: Options) -> in
     """
     tasks = _load(files)
     for path, where in ((options.output, "--output"), (options.samples, "--samples")):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"no such directory: {path.parent}", where=where, remedy="make it first")
+        if path is not None:
+            check_file(path, where)
     model = (_scoring if _are_scored(tasks) else _writing_texts)(choice, options)
     results = []
     try:
@@ -222,10 +222,10 @@ def _numbers(figure: Figure) -> tuple[str, str, str]:
 
 def _write(results: Sequence[_Result], about: dict[str, Any], options: Options) -> None:
     if options.output is not None:
-        with new_file(options.output) as aside:
+        with whole_file(options.output) as aside:
             aside.write_text(json.dumps(_summary(results, about, options), indent=2) + "\n", encoding="utf-8")
     if options.samples is not None:
-        with new_file(options.samples) as aside, aside.open("w", encoding="utf-8") as file:
+        with whole_file(options.samples) as aside, aside.open("w", encoding="utf-8") as file:
             for result in results:
                 for record in result.measured.records:
                     entry = {"task": result.loaded.name, **record}

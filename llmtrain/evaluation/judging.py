@@ -85,7 +85,7 @@ class Judge:
         assert separator is not None
         prompt, text = _last_text(answer)
         # An answer of nothing is one step: no steps at all would be no mistake.
-        return self.encode_steps(prompt, steps_of(text, separator) or [text], answer.where)
+        return self.encode_steps(prompt, steps_of(text, separator) or [""], answer.where)
 
     def encode_steps(self, prompt: str | list[Message], steps: Sequence[str], where: str) -> Encoded:
         """As `encode`, of an answer whose steps are known."""

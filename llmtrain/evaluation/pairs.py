@@ -5,7 +5,8 @@
     ece          Bradley-Terry says P(better > other) = sigmoid(difference of the scores). Of each pair the model
                  prefers one answer, with confidence sigmoid(|difference|), from 0.5 to 1, and is right or not.
 
-A row of K ranked answers has up to K(K-1)/2 pairs, which weigh 1 together. A process model's scores are
+A row of K ranked answers has up to K(K-1)/2 pairs, which weigh 1 together. One in which two answers are the same, as
+texts or as tokens, says nothing of the model: as in training it is left out, and counted. A process model's scores are
 probabilities, of which differences are no log-odds: its calibration is measured by tasks of kind steps.
 """
 
@@ -21,7 +22,7 @@ from llmtrain.data.examples import Example, Preference, Ranking
 from llmtrain.errors import InputError
 from llmtrain.evaluation.calibration import Bin, expected_error, reliability
 from llmtrain.evaluation.figures import Figure, Measured, mean, wilson
-from llmtrain.evaluation.judging import Answer, Judge, Judgement, check_fit, judged, task_examples
+from llmtrain.evaluation.judging import Answer, Encoded, Judge, Judgement, check_fit, judged, task_examples
 from llmtrain.evaluation.tasks import LoadedTask, Pairs
 from llmtrain.models.scorer import Scorer
 
@@ -46,10 +47,19 @@ class _Pair(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """Answers to compare, and their ranks, 1 the best."""
+    """Answers to compare, and their ranks, 1 the best; `number` is its own in the data."""
 
+    number: int
     answers: list[Answer]
     ranks: list[int]
+    encoded: list[Encoded]
+
+    @property
+    def has_twice(self) -> bool:
+        """Whether two of its answers are the same."""
+        texts = [answer.given.strip() if isinstance(answer.given, str) else answer.given for answer in self.answers]
+        ids = [row.ids for row in self.encoded]
+        return any(one == other for same in (texts, ids) for one, other in itertools.combinations(same, 2))
 
 
 def measure(loaded: LoadedTask, task: Pairs, scorer: Scorer, limit: int | None, batch_tokens: int) -> Measured:
@@ -60,31 +70,46 @@ def measure(loaded: LoadedTask, task: Pairs, scorer: Scorer, limit: int | None, 
     """
     with loaded.errors_located("aggregate"):
         judge = Judge(scorer, task.aggregate, batch_tokens)
-    rows = [_row(loaded, example) for example in task_examples(loaded, task.data, None, limit)]
-    answers = [answer for row in rows for answer in row.answers]
-    encoded = [judge.encode(answer) for answer in answers]
-    check_fit(judge, encoded, [answer.where for answer in answers])
+    every = [
+        _row(loaded, judge, number, example)
+        for number, example in enumerate(task_examples(loaded, task.data, None, limit))
+    ]
+    rows = [row for row in every if not row.has_twice]
+    if not rows:
+        raise InputError(
+            f"in each of its {len(every)} rows two answers are the same, so there is nothing to compare",
+            where=loaded.where("data"),
+            remedy="name data with different answers",
+        )
+    encoded = [one for row in rows for one in row.encoded]
+    check_fit(judge, encoded, [answer.where for row in rows for answer in row.answers])
     judgements = iter(judged(judge, encoded, f"{loaded.name}: answers"))
-    records = [_record(index, row, [next(judgements) for _ in row.answers]) for index, row in enumerate(rows)]
+    records = [_record(row, [next(judgements) for _ in row.answers]) for row in rows]
     pairs = [_pairs(record) for record in records]
-    every = [score for record in records for score in record["scores"]]
-    figures = _figures(records, pairs, every)
-    quantiles = np.percentile(every, QUANTILES)
+    scores = [score for record in records for score in record["scores"]]
+    figures = _figures(records, pairs, scores)
+    quantiles = np.percentile(scores, QUANTILES)
     details: dict[str, Any] = {"score_quantiles": dict(zip(map(str, QUANTILES), quantiles.tolist(), strict=True))}
     if judge.how is None:
         bins = _calibration(pairs)
         figures["ece"] = Figure(expected_error(bins), None, len(rows), "of sigmoid(difference), 10 bins from 0.5 to 1")
         details["reliability"] = [asdict(found) for found in bins]
     else:
-        figures = {name: figure._replace(note=_noted(figure.note, judge.how)) for name, figure in figures.items()}
+        how = f"{judge.how} of the steps"
+        figures = {name: figure._replace(note=_noted(how, figure.note)) for name, figure in figures.items()}
+    left_out = [row.answers[0].where for row in every if row.has_twice]
+    if left_out:
+        details["left_out"] = len(left_out)
+        note = f"{len(left_out)} of {len(every)} rows left out with an answer twice, the first {left_out[0]}"
+        figures["accuracy"] = figures["accuracy"]._replace(note=_noted(figures["accuracy"].note, note))
     return Measured(figures, records, details)
 
 
-def _noted(note: str, how: str) -> str:
-    return ", ".join(part for part in (f"{how} of the steps", note) if part)
+def _noted(*notes: str) -> str:
+    return ", ".join(note for note in notes if note)
 
 
-def _row(loaded: LoadedTask, example: Example) -> _Row:
+def _row(loaded: LoadedTask, judge: Judge, number: int, example: Example) -> _Row:
     match example:
         case Preference():
             given, ranks = [example.chosen, example.rejected], [1, 2]
@@ -104,12 +129,13 @@ def _row(loaded: LoadedTask, example: Example) -> _Row:
             where=example.where,
             remedy="leave the row out",
         )
-    return _Row([Answer(example.prompt, answer, example.where, example.tools) for answer in given], list(ranks))
+    answers = [Answer(example.prompt, answer, example.where, example.tools) for answer in given]
+    return _Row(number, answers, list(ranks), [judge.encode(answer) for answer in answers])
 
 
-def _record(index: int, row: _Row, judgements: Sequence[Judgement]) -> dict[str, Any]:
+def _record(row: _Row, judgements: Sequence[Judgement]) -> dict[str, Any]:
     record: dict[str, Any] = {
-        "row": index,
+        "row": row.number,
         "prompt": row.answers[0].prompt,
         "answers": [answer.given for answer in row.answers],
         "ranks": row.ranks,

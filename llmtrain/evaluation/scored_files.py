@@ -29,13 +29,13 @@ from llmtrain.data.hashing import hash_file
 from llmtrain.data.judged_formats import check_same_kind
 from llmtrain.data.progress import row_progress
 from llmtrain.data.records import Record
-from llmtrain.errors import EXIT_INTERRUPTED, InputError
+from llmtrain.errors import InputError
 from llmtrain.evaluation.judging import Answer, Encoded, Judge, Judgement
 from llmtrain.models.scorer import Scorer
 from llmtrain.models.steps import Aggregate
 from llmtrain.sampling.command import Files, ModelChoice
-from llmtrain.sampling.completions import check_output, named, read_input
-from llmtrain.sampling.partial import Partial, Unit
+from llmtrain.sampling.completions import named, read_input
+from llmtrain.sampling.partial import Partial, Unit, check_output
 
 
 class _Added(NamedTuple):
@@ -93,18 +93,14 @@ def score_file(choice: ModelChoice, files: Files, how: Aggregate | None = None) 
         InputError: a file, a row or the model is wrong, or `how` is not for it.
         TrainingError: the disk is full.
     """
-    check_output(files.output)
+    check_output(files.output, inputs=[files.input])
     rows = [_row(record) for record in read_input(files.input)]
     scorer = choice.load_scorer()
     try:
         judge = Judge(scorer, how, files.batch_tokens)
     except InputError as error:
         raise InputError(error.message, where="--aggregate", remedy="leave it out") from None
-    try:
-        done = _score(judge, scorer, files, rows)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from there", err=True)
-        return EXIT_INTERRUPTED
+    done = _score(judge, scorer, files, rows)
     parts = [f"{done.done} rows scored in {done.seconds:.1f} s"]
     if done.before:
         parts.append(f"{done.before} were done before")

@@ -89,7 +89,7 @@ def open_other_model(
         InputError: as `open_model`.
     """
     try:
-        return _opened(spec, recipe, tokenizer, 0, CAUSAL)
+        return _opened(spec, recipe, tokenizer, 0, CAUSAL, where)
     except InputError as error:
         place = error.where or ""
         if place == "model" or place.startswith("model."):
@@ -97,21 +97,23 @@ def open_other_model(
         raise InputError(error.message, where=place, remedy=error.remedy) from error
 
 
-def _opened(spec: Model, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_new: int, head: Head) -> Blueprint:
+def _opened(
+    spec: Model, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_new: int, head: Head, key: str = "model"
+) -> Blueprint:
     dtype = MODEL_DTYPE[recipe.precision]
     if isinstance(spec, ModelFromConfig):
         _check_mask(None, recipe, tokenizer)
         config = _config_from_fields(spec, tokenizer, recipe.sequence_length)
         head.check(config, "model.architecture")
         head.configure(config, tokenizer)
-        _check_fit(config, tokenizer, recipe, num_new=0)
+        _check_fit(config, tokenizer, recipe, 0, key)
         blueprint = _random(config, dtype, recipe.seed, spec.attention, head)
     elif isinstance(spec, ModelFromPretrained):
-        blueprint = _pretrained(spec, dtype, recipe, tokenizer, num_new, head)
+        blueprint = _pretrained(spec, dtype, recipe, tokenizer, num_new, head, key)
     else:
         _check_mask(None, recipe, tokenizer)
         model = _from_gguf(spec, dtype, recipe.seed, tokenizer, head)
-        new_rows = _check_fit(model.config, tokenizer, recipe, num_new)
+        new_rows = _check_fit(model.config, tokenizer, recipe, num_new, key)
         blueprint = Blueprint(_decoder(with_new_rows(model, new_rows), head), recipe.seed)
         blueprint.new_rows = new_rows
     rows = blueprint.decoder.hf.get_input_embeddings().weight.shape[0]
@@ -203,6 +205,7 @@ def _pretrained(
     tokenizer: PreTrainedTokenizerBase,
     num_new: int,
     head: Head,
+    key: str,
 ) -> Blueprint:
     path = str(Path(spec.path).expanduser())
     source = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
@@ -217,7 +220,7 @@ def _pretrained(
         config.is_causal = True  # again: it was saved as a model that attends both ways
     if spec.rope_parameters is not None:
         stretch_rope(config, spec.rope_parameters)
-    new_rows = _check_fit(config, tokenizer, recipe, num_new)
+    new_rows = _check_fit(config, tokenizer, recipe, num_new, key)
     why: Blueprint | str = "it is loaded in 4 bits"
     if spec.quantization == "none":
         why = _from_files(path, spec, config, recipe, new_rows, head)
@@ -327,8 +330,10 @@ def _from_gguf(
     return fresh
 
 
-def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, num_new: int) -> range:
-    """The rows that the embedding is to have for the tokens that the recipe adds."""
+def _check_fit(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, num_new: int, key: str
+) -> range:
+    """The rows that the embedding is to have for the tokens that the recipe adds; `key` is the model's."""
     new_rows = range(num_ids(tokenizer) - num_new, num_ids(tokenizer))
     sequence_length = recipe.sequence_length
     if new_rows.start > config.vocab_size:
@@ -340,8 +345,10 @@ def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, rec
     longest = config_field(config, "max_position_embeddings")
     if longest is not None and sequence_length > longest:
         raise InputError(
-            f"rows of {sequence_length} tokens, and the model was made for {longest}",
+            f"rows of {sequence_length} tokens, and the model{'' if key == 'model' else f' of {key}'} was made for "
+            f"{longest}",
             where="sequence_length",
-            remedy=f"use {longest} or less, or stretch a pretrained model with rope_parameters (yarn, linear, llama3)",
+            remedy=f"use {longest} or less, another model, or stretch a pretrained one with {key}.rope_parameters "
+            "(yarn, linear, llama3)",
         )
     return new_rows

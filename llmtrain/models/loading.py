@@ -1,8 +1,10 @@
 """Saved models, in a directory or on the hub, read by transformers: configuration and whole weights."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -14,7 +16,8 @@ from llmtrain.models.diffusion import FILE as DIFFUSION_FILE
 from llmtrain.models.diffusion import Diffusion, load_diffusion
 from llmtrain.models.heads import CAUSAL, Head, saved_head
 from llmtrain.models.refusals import LOADABLE, as_input_error
-from llmtrain.models.weights import cached, find_weights
+from llmtrain.models.weights import ADAPTER_CONFIG, cached, find_weights
+from llmtrain.recipe.resolved import check_is_no_run
 
 disable_progress_bar()  # of transformers' own loading and writing: it would tear our progress
 
@@ -47,6 +50,13 @@ def open_config(
     Raises:
         InputError: there is none, or it is not known.
     """
+    check_is_no_run(path, where)
+    if os.path.isfile(Path(path, ADAPTER_CONFIG)) and not os.path.isfile(Path(path, "config.json")):
+        raise InputError(
+            f"{path} is an adapter, and no whole model",
+            where=where,
+            remedy="merge it into its base by `llmtrain export`, or name the base here and the adapter in adapter.base",
+        )
     with as_input_error(where, LOADABLE):
         fields = config_fields(path, revision)
         if not is_llada(fields):

@@ -21,6 +21,7 @@ from llmtrain.models.growth import bare_head, with_new_rows
 from llmtrain.models.heads import CAUSAL, SCORING_HEADS, Head, adapter_head, head_in, saved_head
 from llmtrain.models.loading import config_fields, known_diffusion, load_weights, open_config
 from llmtrain.models.refusals import LOADABLE, TRANSFORMERS_ERRORS, as_input_error
+from llmtrain.models.vocabulary import check_vocabulary
 from llmtrain.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BELOW, WeightFiles
 from llmtrain.recipe.resolved import RESOLVED
 
@@ -158,7 +159,9 @@ def _checked_base(location: Location, base: str | None) -> Location:
 def _base_of(adapter: Path, given: str | None) -> str:
     """The base model of an adapter directory: as given, else as its own configuration says."""
     if given is not None:
-        return locate(given, where="--base").path
+        base = locate(given, where="--base").path
+        check_vocabulary(adapter, base, _rows_of_tokens(_shapes(adapter / ADAPTER_WEIGHTS)), "--base")
+        return base
     file = adapter / ADAPTER_CONFIG
     named = _adapter_fields(adapter).get("base_model_name_or_path")
     remedy = "give the directory of the base model with --base"
@@ -360,6 +363,11 @@ def _grow_embeddings(
 ) -> None:
     """Gives the base the rows of tokens that were added for the adapter; it holds their values, or trained none."""
     rows = decoder.get_input_embeddings().weight.shape[0]
-    saved = [shape[0] for name, shape in shapes.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
-    wanted = max(saved, default=num_ids(tokenizer))
+    wanted = _rows_of_tokens(shapes) or num_ids(tokenizer)
     with_new_rows(decoder, range(rows, max(rows, wanted)))
+
+
+def _rows_of_tokens(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Rows of the embedding or the head that an adapter holds; 0 where it holds neither."""
+    ends = ("embed_tokens.weight", "lm_head.weight")
+    return max((shape[0] for name, shape in shapes.items() if name.endswith(ends)), default=0)

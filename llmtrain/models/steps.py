@@ -21,5 +21,19 @@ def aggregate(probabilities: Sequence[float], how: Aggregate) -> float:
 
 
 def steps_of(text: str, separator: str) -> list[str]:
-    """The pieces between separators that are not blank, in order, without the separators."""
-    return [piece for piece in text.split(separator) if piece.strip()]
+    """The pieces between separators that are not blank, in order, without the separators.
+
+    Around a separator of spaces and line breaks these do not count: of "\\n\\n" three line breaks end a step, too.
+    """
+    edges = separator if separator.isspace() else ""
+    return [piece.strip(edges) for piece in text.split(separator) if piece.strip()]
+
+
+def one_step(text: str, separator: str) -> str | None:
+    """The step that `steps_of` finds where this one stands in an answer; None where it finds several, or ends it early.
+
+    So answers that are joined of such steps are cut into the same ones again.
+    """
+    found = steps_of(text + separator, separator)
+    rest = (text + separator).split(separator)[-1]
+    return found[0] if len(found) == 1 and not rest.strip() else None

@@ -183,8 +183,10 @@ def _wrong_value(kind: str, context: Mapping[str, Any], given: Any, annotation: 
         word, length = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
         num = context[length]
         return f"must have {word} {num} item{'s' if num > 1 else ''}, given {context['actual_length']}"
-    if kind == "string_too_long":
-        return f"must have at most {context['max_length']} characters, given {len(given)}"
+    if kind in ("string_too_short", "string_too_long"):
+        word, length = ("at least", "min_length") if kind == "string_too_short" else ("at most", "max_length")
+        num = context[length]
+        return f"must have {word} {num} character{'s' if num > 1 else ''}, given {len(given)}"
     if kind == "string_pattern_mismatch":
         return f"may hold letters, digits, '.', '_' and '-' and begins with a letter or digit, given {_shown(given)}"
     expected = _EXPECTED[kind]

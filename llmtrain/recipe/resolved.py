@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain import __version__
+from llmtrain.errors import InputError
 from llmtrain.recipe.schema import Recipe
 from llmtrain.recipe.yaml_tree import dump
 
@@ -46,6 +47,20 @@ _PACKAGES = (
     "safetensors",
     "numpy",
 )
+
+
+def check_is_no_run(directory: str, where: str) -> None:
+    """Raises InputError where what is to hold a model or a tokenizer is the directory of a run, which has a final/."""
+    path = Path(directory).expanduser()
+    if not os.path.isfile(path / RESOLVED):  # unlike Path.is_file it raises nothing for a name that is too long
+        return
+    if os.path.isdir(path / "final"):
+        raise InputError(f"{path} is a run, whose model is in {path / 'final'}", where=where, remedy="name that")
+    raise InputError(
+        f"{path} is a run that is not finished: it has no final/ yet",
+        where=where,
+        remedy="run its `llmtrain train` command again, which goes on from its last checkpoint",
+    )
 
 
 def resolved_dump(recipe: Recipe) -> str:

@@ -3,6 +3,8 @@
 A token is drawn from a row's own random numbers, a function of (seed, row, sample, part, position), so that what a row
 gets does not depend on its neighbours or on where an interrupted command went on. (Sums in another order, in
 batches of another size, differ in their last bits, which can turn a near tie.)
+
+Rows of a batch that begin alike, as the answers to one question do, have their prompt read once.
 """
 
 import hashlib
@@ -13,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -20,6 +23,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llmtrain.data.tokenizer import pad_id
 from llmtrain.models.saved import Saved
@@ -117,6 +121,7 @@ class TextGenerator:
         self.sampling = sampling
         self._saved, self._end_ids, self._batch_tokens = saved, frozenset(end_ids), batch_tokens
         self._pad = pad_id(saved.tokenizer)
+        self._shares = saved.virtual is None and _is_plain(DynamicCache(config=saved.decoder.config))
         # transformers fills what a call leaves open from here: repetition penalties, samplers, a forced first token.
         saved.decoder.generation_config = GenerationConfig(pad_token_id=self._pad)
 
@@ -185,14 +190,44 @@ class TextGenerator:
     def _run(self, batch: list[_Row], watch: "_Watch") -> None:
         """Goes on with the rows until all are finished, or half of them where others wait, or they need more room."""
         processors = [] if self.sampling.is_greedy else [_Draw(batch, self.sampling)]
+        inputs = self._inputs(batch)
         self._saved.decoder.generate(
-            **self._inputs(batch),
+            **inputs,
+            **self._read_once(batch, inputs),
             max_new_tokens=max(row.limit - len(row.ids) for row in batch),
             do_sample=False,
             pad_token_id=self._pad,
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([watch]),
         )
+
+    def _read_once(self, batch: list[_Row], inputs: dict[str, Any]) -> dict[str, Any]:
+        """A cache with all columns but the last, where rows are alike: it is computed of each different one.
+
+        Nothing where all differ, or where a cache holds more than keys and values.
+        """
+        texts = [(*row.prompt, *row.ids) for row in batch]
+        first: dict[tuple[int, ...], int] = {}
+        for place, text in enumerate(texts):
+            first.setdefault(text, place)
+        if not self._shares or len(first) == len(batch) or min(map(len, texts)) < 2:
+            return {}
+        places = list(first.values())
+        read = self._saved.decoder.generate(
+            input_ids=inputs["input_ids"][places, :-1],
+            attention_mask=inputs["attention_mask"][places, :-1],
+            max_new_tokens=1,  # which nobody looks at: what reads a prompt writes a token
+            do_sample=False,
+            pad_token_id=self._pad,
+            return_dict_in_generate=True,
+        )
+        cache = read.past_key_values
+        self._shares = _is_plain(cache)
+        if not self._shares:
+            return {}
+        rows = [places.index(first[text]) for text in texts]
+        cache.batch_select_indices(torch.tensor(rows, device=self._saved.device))
+        return {"past_key_values": cache}
 
     def _inputs(self, batch: list[_Row]) -> dict[str, Any]:
         saved, device = self._saved, self._saved.device
@@ -247,6 +282,12 @@ class TextGenerator:
             return False
         row.text = whole[: min(ends)]
         return True
+
+
+def _is_plain(cache: Any) -> bool:
+    """Whether a cache holds the keys and values of its rows, and no state of another kind."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)
 
 
 def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequence[int]) -> str:

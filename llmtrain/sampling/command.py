@@ -10,15 +10,16 @@ import typer
 from rich.console import Console
 
 from llmtrain.distributed import choose_device
-from llmtrain.errors import EXIT_INTERRUPTED, InputError
+from llmtrain.errors import InputError
 from llmtrain.models.saved import Location, Saved, load_located, locate
 from llmtrain.models.scorer import Scorer, load_scorer
 from llmtrain.sampling.batched import Completion, Request, Sampling
 from llmtrain.sampling.chat import Chat
-from llmtrain.sampling.completions import check_output, complete_file, read_input
+from llmtrain.sampling.completions import complete_file, read_input
 from llmtrain.sampling.diffusion import DiffusionGenerator
 from llmtrain.sampling.generators import Generator, text_generator
 from llmtrain.sampling.infilling import encode_prompt
+from llmtrain.sampling.partial import check_output
 from llmtrain.sampling.prompts import check_chat_template, check_is_text
 from llmtrain.sampling.samplers import Asked
 from llmtrain.sampling.watching import watched
@@ -172,15 +173,11 @@ def complete(choice: ModelChoice, files: Files, sampling: Sampling, num: int, as
         InputError: a file, a row or the model is wrong, or a setting does not fit it.
         TrainingError: the disk is full.
     """
-    check_output(files.output)
+    check_output(files.output, inputs=[files.input])
     rows = read_input(files.input)
     saved = choice.load()
     generator = text_generator(saved, sampling, asked, files.batch_tokens)
-    try:
-        done = complete_file(saved, files.input, files.output, rows, generator, num, files.skip_long)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from there", err=True)
-        return EXIT_INTERRUPTED
+    done = complete_file(saved, files.input, files.output, rows, generator, num, files.skip_long)
     parts = [f"{done.done} rows done, {done.tokens} tokens in {done.seconds:.1f} s"]
     if done.before:
         parts.append(f"{done.before} were done before")

@@ -4,7 +4,6 @@ OUTPUT appears when all rows are done, in the order of the input; until then the
 """
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from llmtrain.data.files import open_binary
+from llmtrain.data.hashing import identity
 from llmtrain.data.records import Record
 from llmtrain.errors import InputError
 from llmtrain.models.saved import Location, Saved
@@ -35,14 +35,6 @@ class Summary:
     skipped: int
     tokens: int
     seconds: float
-
-
-def check_output(output: Path, where: str = "--output") -> None:
-    """Raises InputError where the output exists, or its directory does not."""
-    if os.path.lexists(output):
-        raise InputError(f"{output} exists", where=where, remedy="name a new file, or remove it first")
-    if not output.parent.is_dir():
-        raise InputError(f"no such directory: {output.parent}", where=where, remedy="make it first")
 
 
 def complete_file(
@@ -119,14 +111,15 @@ def _header(saved: Saved, input_file: Path, settings: Mapping[str, Any], num: in
 
 def named(location: Location, dtype: torch.dtype) -> dict[str, Any]:
     """What tells a model from others in a partial output; one that was trained again in the same place is another."""
-    files = [stamp for place in (location.path, location.base) if place is not None for stamp in _stamps(Path(place))]
+    places = [Path(place) for place in (location.path, location.base) if place is not None]
+    files = [file for place in places for file in _identities(place)]
     return {"path": location.path, "base": location.base, "dtype": str(dtype), "files": files}
 
 
-def _stamps(directory: Path) -> list[list[Any]]:
-    """Name, size and time of each file of weights; none for a name on the hub."""
-    files = {str(file.relative_to(directory)): file.stat() for file in sorted(directory.rglob("*.safetensors"))}
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files.items()]
+def _identities(directory: Path) -> list[list[Any]]:
+    """Name and identity of each file of weights; none for a name on the hub."""
+    files = sorted(directory.rglob("*.safetensors"))
+    return [[str(file.relative_to(directory)), *identity(file)] for file in files]
 
 
 def read_input(input_file: Path) -> list[Record]:

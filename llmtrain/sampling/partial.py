@@ -1,7 +1,8 @@
 """Completions that an interrupted command does not lose: they stand in OUTPUT.partial until the output is there.
 
 Each line is whole or is not counted. The first says what the file is part of, so that only the same command goes on
-with it; each other one has the completions of one unit of its work, such as a row of the input.
+with it; each other one has the completions of one unit of its work, such as a row of the input. A file that begins
+otherwise is left as it is.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmtrain.data.progress import WorkProgress, row_progress
-from llmtrain.directories import new_file
+from llmtrain.directories import check_new_file, new_files
 from llmtrain.errors import InputError, TrainingError
 from llmtrain.sampling.batched import Completion, Request
 from llmtrain.sampling.generators import Generator
@@ -22,6 +23,35 @@ Unit = tuple[int, ...]
 """Names a unit of the work, such as (row,)."""
 Keep = Callable[[Unit, list[dict[str, Any]]], None]
 """Keeps the results of a unit that is done."""
+Write = Callable[[Path], None]
+"""Writes a file."""
+
+_GOES_ON = "make room or get permission; the same command goes on where it was"
+
+
+def partial_of(output: Path) -> Path:
+    """OUTPUT.partial."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def check_output(output: Path, where: str = "--output", inputs: Iterable[Path] = ()) -> None:
+    """Raises InputError where the output exists or cannot be made, or OUTPUT.partial is one of the inputs."""
+    check_new_file(output, where)
+    partial = partial_of(output)
+    if partial.resolve() in [file.resolve() for file in inputs]:
+        raise InputError(
+            f"{partial} is read, and until {output} is whole what is done would stand there",
+            where=where,
+            remedy="name another output",
+        )
+
+
+def outcome(output: Path) -> str:
+    """What an interrupted command leaves of its output, and how to go on."""
+    partial = partial_of(output)
+    if os.path.exists(partial):
+        return f"what is done is kept in {partial}, and the same command goes on from there"
+    return "nothing was done yet"
 
 
 @dataclass(frozen=True)
@@ -38,6 +68,7 @@ class Partial:
     """The completions of a command, kept in OUTPUT.partial as they come.
 
     Args:
+        output: None keeps them in memory only.
         header: all that decides what is generated.
 
     Attributes:
@@ -48,10 +79,12 @@ class Partial:
         TrainingError: it cannot be read.
     """
 
-    def __init__(self, output: Path, header: Mapping[str, Any]):
-        self._output, self._path = output, output.with_name(f"{output.name}.partial")
+    def __init__(self, output: Path | None, header: Mapping[str, Any]):
+        self._path = None if output is None else partial_of(output)
         self._header = json.loads(json.dumps(header))  # as it is read back
-        self.completions = self._read()
+        self.completions: dict[Unit, list[dict[str, Any]]] = {}
+        if self._path is not None and os.path.isfile(self._path):
+            self.completions = _read(self._path, self._header)
 
     def answer(self, generator: Generator, units: Mapping[Unit, Sequence[Request]], what: str = "generating") -> Work:
         """Answers what is not yet answered.
@@ -77,7 +110,10 @@ class Partial:
         Raises:
             TrainingError: the disk is full, or fails.
         """
-        with _disk_errors(self._output), self._path.open("a", encoding="utf-8") as file:
+        if self._path is None:
+            yield self.completions.__setitem__
+            return
+        with _disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             if file.tell() == 0:
                 _append(file, self._header)
 
@@ -88,38 +124,50 @@ class Partial:
             yield keep
 
     def finish(self, outputs: Mapping[Path, Iterable[Mapping[str, Any]]]) -> None:
-        """Writes the outputs, each of them whole, in their order, and removes OUTPUT.partial.
+        """Writes rows of JSON into the outputs, which appear when all are whole, and removes OUTPUT.partial.
 
         Raises:
-            TrainingError: the disk is full, or fails.
+            TrainingError: the disk is full, or fails, or an output was made by another meanwhile.
         """
-        for output, rows in outputs.items():
-            _write(output, rows)
-        with _disk_errors(self._path):
-            self._path.unlink(missing_ok=True)
+        self.finish_by({output: rows_writer(rows) for output, rows in outputs.items()})
 
-    def _read(self) -> dict[Unit, list[dict[str, Any]]]:
-        """What an interrupted command finished; a line that it was just writing is cut off."""
-        if not os.path.isfile(self._path):
-            return {}
-        with _disk_errors(self._path):
-            content = self._path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):
-                os.truncate(self._path, len(whole))
-        lines = whole.splitlines()
-        try:
-            entries = [json.loads(line) for line in lines]
-            done = {tuple(entry["unit"]): entry["completions"] for entry in entries[1:]}
-        except (ValueError, KeyError, TypeError):
-            entries, done = [None], {}
-        if lines and entries[0] != self._header:
-            raise InputError(
-                f"{self._path} is what another command, or the same with another input or model, left",
-                where="--output",
-                remedy="give the settings that it was begun with, remove it to begin again, or name another output",
-            )
-        return done
+    def finish_by(self, outputs: Mapping[Path, Write]) -> None:
+        """As `finish`, of files of any kind."""
+        with new_files(list(outputs), _GOES_ON) as asides:
+            for aside, write in zip(asides, outputs.values(), strict=True):
+                write(aside)
+        if self._path is not None:
+            with _disk_errors(self._path):
+                self._path.unlink(missing_ok=True)
+
+
+def _read(path: Path, header: Any) -> dict[Unit, list[dict[str, Any]]]:
+    """What an interrupted command finished; a line that it was just writing is cut off.
+
+    Raises:
+        InputError: the file is of another command, and is left as it is.
+        TrainingError: it cannot be read, or be cut.
+    """
+    with _disk_errors(path):
+        content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    try:
+        entries = [json.loads(line) for line in whole]
+        done = {tuple(entry["unit"]): entry["completions"] for entry in entries[1:]}
+        is_ours = entries[0] == header if entries else _line(header).encode().startswith(content)
+    except (ValueError, KeyError, TypeError):
+        is_ours, done = False, {}
+    if not is_ours:
+        raise InputError(
+            f"{path} is what another command, or the same with another input or model, left",
+            where="--output",
+            remedy="give the settings that it was begun with, remove it to begin again, or name another output",
+        )
+    if len(whole) < len(lines):
+        with _disk_errors(path):
+            os.truncate(path, sum(map(len, whole)))
+    return done
 
 
 class _Collector:
@@ -149,18 +197,33 @@ def _plain(completion: Completion) -> dict[str, Any]:
     return {"text": completion.text, "finish_reason": completion.finish, "tokens": len(completion.ids)}
 
 
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
 def _append(file: IO[str], entry: Mapping[str, Any]) -> None:
     """One whole line, down to the file."""
-    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    file.write(_line(entry))
     file.flush()
 
 
-def _write(output: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with new_file(output) as aside, aside.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def rows_writer(rows: Iterable[Mapping[str, Any]]) -> Write:
+    """What writes rows as JSON lines."""
+
+    def write(file: Path) -> None:
+        with file.open("w", encoding="utf-8") as opened:
+            opened.writelines(map(_line, rows))
+
+    return write
+
+
+def text_writer(text: str) -> Write:
+    """What writes a text, and a line break after it."""
+
+    def write(file: Path) -> None:
+        file.write_text(text + "\n", encoding="utf-8")
+
+    return write
 
 
 @contextmanager
@@ -168,7 +231,4 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise TrainingError(
-            f"{path} cannot be written: {error.strerror}\n"
-            "  remedy: make room or get permission; the same command goes on where it was"
-        ) from None
+        raise TrainingError(f"{path} cannot be written: {error.strerror}\n  remedy: {_GOES_ON}") from None

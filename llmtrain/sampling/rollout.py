@@ -167,7 +167,10 @@ class _Whole:
 
 
 class _Cached:
-    """Reads each token once, and keeps its keys and values. Texts are padded on the left, so that all grow abreast."""
+    """Reads each token once, and keeps its keys and values. Texts are padded on the left, so that all grow abreast.
+
+    A prompt with several answers is read once for all of them.
+    """
 
     def __init__(self, model: nn.Module, device: torch.device):
         self._model, self._device, self._cache = model, device, DynamicCache()
@@ -178,6 +181,17 @@ class _Cached:
 
     def next_logits(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """float [B, V] after the last token of each; every text is one token longer than in the call before."""
+        if self._cache.get_seq_length():
+            return self._read(texts)
+        numbers: dict[tuple[int, ...], int] = {}
+        rows = [numbers.setdefault(tuple(ids), len(numbers)) for ids in texts]
+        found = self._read([list(ids) for ids in numbers])
+        if len(numbers) == len(texts):
+            return found
+        self.keep(rows)
+        return found[rows]
+
+    def _read(self, texts: Sequence[Sequence[int]]) -> Tensor:
         read = self._cache.get_seq_length()
         width = read + 1 if read else max(len(ids) for ids in texts)
         padding = torch.tensor([width - len(ids) for ids in texts], device=self._device)

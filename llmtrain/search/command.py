@@ -1,14 +1,16 @@
 """`llmtrain search`: questions answered with more and more samples or search, judged by a reward model.
 
 All that would be refused is looked at before the first token is generated. Methods run one after another; what was
-finished is shown and written, also after an interruption or an error.
+finished is shown, also after an interruption or an error, and is kept in OUTPUT.partial, so that the same command goes
+on from there.
 """
 
 import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +20,7 @@ from rich.progress import TextColumn
 
 from llmtrain import __version__
 from llmtrain.data.progress import WorkProgress, row_progress
-from llmtrain.directories import new_file
-from llmtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError
+from llmtrain.errors import EXIT_DONE, InputError
 from llmtrain.evaluation.asking import Asked
 from llmtrain.evaluation.questions import (
     Question,
@@ -34,15 +35,19 @@ from llmtrain.models.saved import Saved
 from llmtrain.models.steps import Aggregate
 from llmtrain.pictures import check_picture
 from llmtrain.sampling.autoregressive import GREEDY_BELOW
-from llmtrain.sampling.batched import Sampling
+from llmtrain.sampling.batched import Request, Sampling
 from llmtrain.sampling.command import ModelChoice
+from llmtrain.sampling.completions import named
+from llmtrain.sampling.partial import Partial, Unit, Write, outcome, rows_writer, text_writer
 from llmtrain.search import curve
 from llmtrain.search.curve import GREEDY, Point, Result
 from llmtrain.search.driver import ModelDriver, Policy
-from llmtrain.search.given import RewardChoice, check_outputs, load_questions_task
+from llmtrain.search.given import RewardChoice, check_inputs, check_outputs, load_questions_task
 from llmtrain.search.methods import (
+    METHODS,
     SAMPLED,
     STEPWISE,
+    Drawn,
     Pool,
     check_methods,
     check_scorer,
@@ -51,7 +56,13 @@ from llmtrain.search.methods import (
     fitting,
     search,
 )
+from llmtrain.search.provenance import digest, header
 from llmtrain.search.scoring import Grader
+
+MOST = 10_000  # answers to a question that are ever worth their time (arXiv 2407.21787), and that a memory holds
+
+# Units of the work that are kept: each is a tuple of these and numbers.
+_GREEDY, _SAMPLED, _SEARCHED = range(3)
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class Options:
         aggregate: of a process model's steps; None is product.
         width: next steps that are sampled from where an answer goes on.
         limit: only so many questions.
-        output: JSON file for the figures and settings.
+        output: JSON file for the figures and settings; what is done is kept in OUTPUT.partial until then.
         samples: JSONL file for what was said to each question.
         picture: of accuracy against tokens.
     """
@@ -95,6 +106,8 @@ def run(choice: ModelChoice, file: Path, options: Options) -> int:
     """
     _check(options)
     loaded, task = load_questions_task(file)
+    if options.output is not None:
+        check_inputs(options.output, loaded, task)
     grader = None
     if options.scorer is not None:
         reward = RewardChoice(options.scorer, options.scorer_base, options.aggregate)
@@ -112,19 +125,22 @@ def run(choice: ModelChoice, file: Path, options: Options) -> int:
             remedy="use an autoregressive model; `llmtrain eval` measures diffusion models",
         )
     searching = _Searching(loaded, task, saved, grader, options)
-    started, ended = time.monotonic(), False
+    started = time.monotonic()
     try:
         searching.run(methods)
-        ended = True
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; {len(searching.points)} of {searching.total} figures were finished", err=True)
-        return EXIT_INTERRUPTED
     finally:
-        if searching.points:
-            seconds = round(time.monotonic() - started, 3)
+        num = len(searching.points)
+        if num:
             curve.show(searching.points)  # first: a full disk does not take the figures from who waited for them
-            _write(searching, options, {"complete": ended, "seconds": seconds})
+        if num < searching.total:
+            typer.echo(f"{num} of {searching.total} figures were finished", err=True)
+    searching.partial.finish_by(_outputs(searching, options, round(time.monotonic() - started, 3)))
     return EXIT_DONE
+
+
+def interrupted(output: Path | None) -> str:
+    """What an interrupted search leaves, and how to go on."""
+    return "nothing is kept: with --output the same command would go on" if output is None else outcome(output)
 
 
 def _check(options: Options) -> None:
@@ -137,6 +153,12 @@ def _check(options: Options) -> None:
         if not numbers or min(numbers) < 1:
             told = ",".join(map(str, numbers)) or "nothing"
             raise InputError(f"{told}, and it takes positive numbers", where=where, remedy="such as 1,2,4,8,16")
+    if max(options.budgets) > MOST:
+        raise InputError(
+            f"{max(options.budgets)} answers to each question, and {MOST} are the most",
+            where="--budgets",
+            remedy="give fewer",
+        )
     if options.temperature < GREEDY_BELOW:
         raise InputError(
             f"{options.temperature:g}: the samples of a greedy model are all the same",
@@ -152,7 +174,7 @@ class _Searching:
     """The questions, what answers and judges them, and the points so far.
 
     Raises:
-        InputError: a question does not fit the policy or the reward model.
+        InputError: a question does not fit the policy or the reward model, or OUTPUT.partial is of another command.
     """
 
     def __init__(self, loaded: LoadedTask, task: Task, saved: Saved, grader: Grader | None, options: Options):
@@ -165,6 +187,7 @@ class _Searching:
         check_questions_fit(saved, self.questions, self.policy.generator(self.sampling))
         if self.grader is not None:
             self.grader.check([(question.shown, question.row.where) for question in self.questions])
+        self.partial = Partial(options.output, self._header())
         self.budgets = sorted(set(options.budgets))
         self.points: list[Point] = []
         self.total = 0
@@ -177,7 +200,7 @@ class _Searching:
         length = self._answer_greedily()
         sampled = [name for name in names if name in SAMPLED]
         if sampled:
-            self._draw(any(SAMPLED[name][1] for name in sampled), length)
+            self._draw(any(SAMPLED[name][1] for name in sampled))
         for name in sampled:
             for budget in self.budgets:
                 self.points.append(Point(name, budget, [choose(name, budget, pool) for pool in self.pools]))
@@ -186,48 +209,72 @@ class _Searching:
                 if name in STEPWISE:
                     self._search(name, budget, length)
 
+    def _header(self) -> dict[str, Any]:
+        """All that decides what a method with a budget finds."""
+        judge: dict[str, Any] = {}
+        if self.grader is not None:
+            scorer = self.grader.scorer
+            judge = named(scorer.location, scorer.dtype) | asdict(scorer.reward) | {"aggregate": self.grader.how}
+        judged_by = digest([self.task.model_dump(mode="json"), [question.right for question in self.questions]])
+        settings = asdict(self.sampling) | {"width": self.options.width, "scorer": judge, "task_sha256": judged_by}
+        return header("search", self.saved, self.questions, settings)
+
     def _answer_greedily(self) -> float:
         """Returns the mean number of tokens of an answer."""
-        with row_progress(f"{self.loaded.name}: greedy answers", len(self.questions)) as progress:
-            sampling = replace(self.sampling, temperature=0.0)
-            driver = ModelDriver(self.policy, sampling, on_tokens=lambda num: progress.advance())
-            paths = [path for [path] in driver.sample(1)]
-        samples = [
-            drawn(question, path, answer_in(self.task, path.text))
-            for question, path in zip(self.questions, paths, strict=True)
-        ]
-        results = [Result(float(one.is_right), len(one.path.ids), 0.0, one.plain()) for one in samples]
+        samples = [own[0] for own in self._answered(_GREEDY, 1, replace(self.sampling, temperature=0.0), "greedy")]
+        results = [Result(float(one.is_right), one.said["tokens"], 0.0, one.plain()) for one in samples]
         self.points.append(Point(GREEDY, 1, results))
         return self.points[0].generated.value
 
-    def _draw(self, scored: bool, length: float) -> None:
+    def _answered(self, kind: int, num: int, sampling: Sampling, what: str) -> list[list[Drawn]]:
+        """`num` whole answers to each question: those that `llmtrain eval` has with this seed."""
+        units: dict[Unit, list[Request]] = {
+            (kind, num, row): [Request(question.ids, row, sample) for sample in range(num)]
+            for row, question in enumerate(self.questions)
+        }
+        self.partial.answer(self.policy.generator(sampling), units, f"{self.loaded.name}: {what} answers")
+        return [
+            [drawn(question, said, answer_in(self.task, said["text"])) for said in self.partial.completions[unit]]
+            for unit, question in zip(units, self.questions, strict=True)
+        ]
+
+    def _draw(self, scored: bool) -> None:
         """The samples that all methods choose among, as many as the largest budget."""
         num = self.budgets[-1]
-        with self._token_progress(f"{num} samples each", num * length) as progress:
-            paths = ModelDriver(self.policy, self.sampling, on_tokens=progress.advance).sample(num)
-        flat = [(question, path) for question, own in zip(self.questions, paths, strict=True) for path in own]
-        scores: list[float | None] = [None] * len(flat)
-        lengths = [0] * len(flat)
+        groups = self._answered(_SAMPLED, num, self.sampling, f"{num} sampled")
         grader = self.grader if scored else None
         if grader is not None:
-            with row_progress(f"{self.loaded.name}: scores", len(flat)) as rows:
-                said = [(question.shown, path.text) for question, path in flat]
-                given, lengths = grader.score(said, rows.advance)
-                scores = list(given)
-        samples = [
-            drawn(question, path, answer_in(self.task, path.text), score, read)
-            for (question, path), score, read in zip(flat, scores, lengths, strict=True)
-        ]
-        groups = [samples[first : first + num] for first in range(0, len(samples), num)]
+            groups = self._scored(groups, grader)
         self.pools = [Pool.of(group, grader, lambda one: comparison(self.loaded, self.task, [one])) for group in groups]
 
+    def _scored(self, groups: Sequence[Sequence[Drawn]], grader: Grader) -> list[list[Drawn]]:
+        num = self.budgets[-1]
+        said = [
+            (question.shown, sample.said["text"])
+            for question, group in zip(self.questions, groups, strict=True)
+            for sample in group
+        ]
+        with row_progress(f"{self.loaded.name}: scores", len(said)) as progress:
+            scores, lengths = grader.score(said, progress.advance)
+        grader.tell_unread(f"{self.loaded.name}, {num} samples each")
+        flat = [sample for group in groups for sample in group]
+        judged = [
+            replace(sample, score=score, read=read) for sample, score, read in zip(flat, scores, lengths, strict=True)
+        ]
+        return [judged[first : first + num] for first in range(0, len(judged), num)]
+
     def _search(self, name: str, budget: int, length: float) -> None:
-        with self._token_progress(f"{name}, budget {budget}", budget * length) as progress:
-            driver = ModelDriver(self.policy, self.sampling, self.grader, progress.advance)
-            results = search(
-                name, budget, self.options.width, driver, self.questions, lambda text: answer_in(self.task, text)
-            )
-        self.points.append(Point(name, budget, results))
+        unit = (_SEARCHED, METHODS.index(name), budget)
+        if unit not in self.partial.completions:
+            what = f"{name}, budget {budget}"
+            with self.partial.appending() as keep, self._token_progress(what, budget * length) as progress:
+                driver = ModelDriver(self.policy, self.sampling, self.grader, progress.advance)
+                width, extract = self.options.width, partial(answer_in, self.task)
+                results = search(name, budget, width, driver, self.questions, extract)
+                keep(unit, [result._asdict() for result in results])
+            if self.grader is not None:
+                self.grader.tell_unread(f"{self.loaded.name}, {what}")
+        self.points.append(Point(name, budget, [Result(**one) for one in self.partial.completions[unit]]))
 
     @contextmanager
     def _token_progress(self, what: str, each: float) -> Iterator[WorkProgress]:
@@ -240,18 +287,18 @@ class _Searching:
             yield progress
 
 
-def _write(searching: _Searching, options: Options, ending: dict[str, Any]) -> None:
+def _outputs(searching: _Searching, options: Options, seconds: float) -> dict[Path, Write]:
+    """What writes each of the files that were asked for."""
+    outputs: dict[Path, Write] = {}
     if options.output is not None:
-        with new_file(options.output) as aside:
-            aside.write_text(json.dumps(_summary(searching, options) | ending, indent=2) + "\n", encoding="utf-8")
+        outputs[options.output] = text_writer(json.dumps(_summary(searching, options) | {"seconds": seconds}, indent=2))
     if options.samples is not None:
-        with new_file(options.samples) as aside, aside.open("w", encoding="utf-8") as file:
-            for number, question in enumerate(searching.questions):
-                entry = _row(searching, number, question)
-                file.write(json.dumps(entry, ensure_ascii=False, default=str) + "\n")
+        rows = (_row(searching, number, question) for number, question in enumerate(searching.questions))
+        outputs[options.samples] = rows_writer(rows)
     if options.picture is not None:
-        with new_file(options.picture) as aside:
-            curve.draw(aside, searching.points, f"{searching.loaded.name}, {len(searching.questions)} questions")
+        title = f"{searching.loaded.name}, {len(searching.questions)} questions"
+        outputs[options.picture] = lambda file: curve.draw(file, searching.points, title)
+    return outputs
 
 
 def _row(searching: _Searching, number: int, question: Question) -> dict[str, Any]:

@@ -60,16 +60,6 @@ class ModelDriver:
         self.spent = [Spent() for _ in policy.questions]
         self._policy, self._sampling, self._grader, self._on_tokens = policy, sampling, grader, on_tokens
 
-    def sample(self, num: int) -> list[list[Path]]:
-        """`num` whole answers to each question: those that `llmtrain eval` has with this seed."""
-        empty = [Path(question) for question in range(self.num_questions) for _ in range(num)]
-        requests = [
-            Request(self._policy.questions[path.question].ids, path.question, index % num)
-            for index, path in enumerate(empty)
-        ]
-        paths = self._generated(empty, requests, self._sampling.stop)
-        return [paths[first : first + num] for first in range(0, len(paths), num)]
-
     def extend(self, branches: Sequence[Branch]) -> list[Path]:
         assert self._grader is not None and self._grader.separator is not None
         requests = [

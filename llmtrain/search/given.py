@@ -20,8 +20,8 @@ from llmtrain.models.steps import Aggregate
 from llmtrain.sampling.autoregressive import GREEDY_BELOW
 from llmtrain.sampling.batched import Sampling
 from llmtrain.sampling.command import ModelChoice
-from llmtrain.sampling.completions import check_output
 from llmtrain.sampling.generators import Generator
+from llmtrain.sampling.partial import check_output, partial_of
 from llmtrain.search.scoring import Grader
 
 
@@ -76,12 +76,15 @@ class RewardChoice:
         """
         try:
             scorer = replace(beside, name=self.name, base=self.base).load_scorer()
-            return Grader(scorer, self.aggregate, batch_tokens)
         except InputError as error:  # it names the arguments of commands that have one model, or none
             where = {"": "--scorer", "MODEL_OR_RUN": "--scorer", "--base": "--scorer-base"}
             given = error.where or ""
             remedy = error.remedy and error.remedy.replace("--base", "--scorer-base")
             raise InputError(error.message, where=where.get(given, given), remedy=remedy) from None
+        try:
+            return Grader(scorer, self.aggregate, batch_tokens)
+        except InputError as error:
+            raise InputError(error.message, where="--aggregate", remedy="leave it out") from None
 
 
 def load_questions_task(file: Path) -> tuple[LoadedTask, Task]:
@@ -101,14 +104,28 @@ def load_questions_task(file: Path) -> tuple[LoadedTask, Task]:
 
 
 def check_outputs(files: dict[str, Path | None]) -> None:
-    """Raises InputError where a file that is to be written, by its option, exists, or two are one."""
+    """Raises InputError where a file that is to be written, by its option, exists or cannot be made, or two are one.
+
+    Until --output is whole, what is done stands in OUTPUT.partial, which is none of the others then.
+    """
     given = {where: file for where, file in files.items() if file is not None}
+    kept = partial_of(given["--output"]) if "--output" in given else None
     for where, file in given.items():
+        if kept is not None and file.resolve() == kept.resolve():
+            raise InputError(
+                f"{file} is where --output is begun, and is removed at the end", where=where, remedy="name another file"
+            )
         check_output(file, where)
         others = {other: path.resolve() for other, path in given.items() if other != where}
         twin = next((other for other, path in others.items() if path == file.resolve()), None)
         if twin is not None:
             raise InputError(f"{file} is that of {twin}, too", where=where, remedy="name another file")
+
+
+def check_inputs(output: Path, loaded: LoadedTask, task: Task, *others: Path) -> None:
+    """Raises InputError where the task, its data or another file that is read is OUTPUT.partial."""
+    data = [task.data] if task.fewshot is None else [task.data, task.fewshot.data]
+    check_output(output, inputs=[loaded.file, *map(loaded.beside, data), *others])
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ import typer
 
 from llmtrain.data.conversations import ASSISTANT
 from llmtrain.data.records import Record
-from llmtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError
+from llmtrain.errors import EXIT_DONE, InputError
 from llmtrain.models.steps import steps_of
 from llmtrain.sampling.batched import Request
 from llmtrain.sampling.command import ModelChoice
-from llmtrain.sampling.partial import Partial, Unit
+from llmtrain.sampling.partial import Partial, Unit, partial_of
 from llmtrain.sampling.prompts import encode_begun
 from llmtrain.sampling.rows import read_rows
-from llmtrain.search.given import Asked, Drawing, check_outputs, load_questions_task
+from llmtrain.search.given import Asked, Drawing, check_inputs, check_outputs, load_questions_task
 from llmtrain.search.provenance import digest, header, provenance
 from llmtrain.tables import print_table
 
@@ -90,6 +90,7 @@ def label_steps(choice: ModelChoice, file: Path, drawing: Drawing, options: Opti
     """
     _check(drawing, options)
     loaded, task = load_questions_task(file)
+    check_inputs(options.output, loaded, task, *([] if options.input is None else [options.input]))
     rows = None if options.input is None else read_rows(options.input, "--input")[: drawing.limit]
     asked = Asked.load(choice, loaded, task, drawing if rows is None else _unlimited(drawing))
     given = None if rows is None else _given(asked, rows)
@@ -99,14 +100,10 @@ def label_steps(choice: ModelChoice, file: Path, drawing: Drawing, options: Opti
         work = {"solutions_sha256": digest([(question, text) for question, text, _ in given.texts])}
     work |= {"rollouts": options.rollouts, "separator": options.separator}
     partial = Partial(options.output, header("label-steps", asked.saved, asked.questions, settings, **work))
-    try:
-        found = given or _drawn(asked, partial, drawing.num)
-        solutions = _solutions(asked, found, options)
-        values = [list[float]() for _ in solutions]
-        _roll_out(asked, partial, solutions, values, options)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from there", err=True)
-        return EXIT_INTERRUPTED
+    found = given or _drawn(asked, partial, drawing.num)
+    solutions = _solutions(asked, found, options)
+    values = [list[float]() for _ in solutions]
+    _roll_out(asked, partial, solutions, values, options)
     source = provenance(loaded, asked.saved, settings) | {"rollouts": options.rollouts, "separator": options.separator}
     partial.finish({options.output: _rows(asked, solutions, values, source)})
     _show(found, solutions, values)
@@ -202,10 +199,13 @@ def _solutions(asked: Asked, given: _Given, options: Options) -> list[Solution]:
             numbers[row] += 1
     if not found:
         cut = f"; {given.cut_off} were cut off" if given.cut_off else ""
+        if options.input is not None:
+            raise InputError(f"no solution has a step{cut}", where="--input", remedy="give solutions that end")
         raise InputError(
             f"no solution has a step{cut}",
-            where="TASK" if options.input is None else "--input",
-            remedy="let answers be longer (--max-new-tokens), or give solutions by --input",
+            where="TASK",
+            remedy=f"remove {partial_of(options.output)}, and let answers be longer (--max-new-tokens), or give "
+            "solutions by --input",
         )
     return list(found.values())
 

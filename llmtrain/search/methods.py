@@ -1,6 +1,6 @@
 """The methods by name, what they need, and running one with one budget on all questions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from llmtrain.search.beam import beam_search
 from llmtrain.search.curve import Result
 from llmtrain.search.driver import ModelDriver
 from llmtrain.search.mcts import tree_search
-from llmtrain.search.paths import Driver, Found, Path
+from llmtrain.search.paths import Driver, Found
 from llmtrain.search.sampled import Choice, Samples, best_of_n, numbered, vote, weighted_vote
 from llmtrain.search.scoring import Grader
 
@@ -64,9 +64,13 @@ def check_scorer(names: Sequence[str], kind: Literal["outcome", "process"] | Non
 
 @dataclass(frozen=True)
 class Drawn:
-    """A whole answer to a question, as it was sampled."""
+    """A whole answer to a question.
 
-    path: Path
+    Attributes:
+        said: its text, finish_reason and tokens.
+    """
+
+    said: Mapping[str, Any]
     answer: str | None
     is_right: bool
     score: float | None = None
@@ -76,18 +80,18 @@ class Drawn:
         """As JSON has it, which knows no infinity."""
         finite = self.score is not None and np.isfinite(self.score)
         return {
-            "text": self.path.text,
-            "finish_reason": self.path.finish,
-            "tokens": len(self.path.ids),
+            **self.said,
             "answer": self.answer,
             "correct": self.is_right,
             **({} if self.score is None else {"score": self.score if finite else None}),
         }
 
 
-def drawn(question: Question, path: Path, answer: str | None, score: float | None = None, read: int = 0) -> Drawn:
-    """A path with its answer, compared with the right ones."""
-    return Drawn(path, answer, answer is not None and question.is_right(answer), score, read)
+def drawn(
+    question: Question, said: Mapping[str, Any], answer: str | None, score: float | None = None, read: int = 0
+) -> Drawn:
+    """What was said with its answer, compared with the right ones."""
+    return Drawn(said, answer, answer is not None and question.is_right(answer), score, read)
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def choose(name: str, budget: int, pool: Pool) -> Result:
     """What a method makes of the samples of one question; those beyond the budget make it surer, and cost nothing."""
     method, needs_scores = SAMPLED[name]
     choice = method(pool.samples, budget)
-    generated = budget * float(np.mean([len(sample.path.ids) for sample in pool.drawn]))
+    generated = budget * float(np.mean([sample.said["tokens"] for sample in pool.drawn]))
     read = budget * float(np.mean([sample.read for sample in pool.drawn])) if needs_scores else 0.0
     answer = None if choice.chosen is None else pool.drawn[choice.chosen].answer
     told = {"sample": choice.chosen, "answer": answer, "accuracy": choice.accuracy}
@@ -136,7 +140,7 @@ def search(
     results = []
     for found in STEPWISE[name](driver, budget, width):
         number = found.path.question
-        sample = drawn(questions[number], found.path, answer_in(found.path.text), found.value)
+        sample = drawn(questions[number], found.path.plain(), answer_in(found.path.text), found.value)
         spent = driver.spent[number]
         told = {**sample.plain(), "generated": spent.generated, "scorer_tokens": spent.read}
         results.append(Result(float(sample.is_right), spent.generated, spent.read, told))

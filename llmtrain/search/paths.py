@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class Path:
     @property
     def is_whole(self) -> bool:
         return self.finish is not None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it, and answers of `sampling/partial.py` are."""
+        return {"text": self.text, "finish_reason": self.finish, "tokens": len(self.ids)}
 
 
 @dataclass(frozen=True)

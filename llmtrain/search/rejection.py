@@ -5,6 +5,7 @@ keep those that are right, and fine-tune on them. Without the rule all answers a
 distillation (arXiv 1606.07947), fine-tuning on the teacher's texts.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import Any
 import typer
 
 from llmtrain.data.progress import row_progress
-from llmtrain.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError
+from llmtrain.errors import EXIT_DONE, InputError
 from llmtrain.evaluation.questions import Question
 from llmtrain.sampling.batched import Request
 from llmtrain.sampling.command import ModelChoice
-from llmtrain.sampling.partial import Partial, Unit
-from llmtrain.search.given import Asked, Drawing, RewardChoice, check_outputs, load_questions_task
+from llmtrain.sampling.partial import Partial, Unit, partial_of
+from llmtrain.search.given import Asked, Drawing, RewardChoice, check_inputs, check_outputs, load_questions_task
 from llmtrain.search.provenance import header, provenance
 from llmtrain.search.scoring import Grader
 from llmtrain.tables import print_table
@@ -82,6 +83,7 @@ def rejection_sample(choice: ModelChoice, file: Path, drawing: Drawing, options:
     """
     _check(drawing, options)
     loaded, task = load_questions_task(file)
+    check_inputs(options.output, loaded, task)
     grader = None if options.scorer is None else options.scorer.load(choice, drawing.batch_tokens)
     asked = Asked.load(choice, loaded, task, drawing, options.rule)
     if grader is not None:
@@ -94,22 +96,12 @@ def rejection_sample(choice: ModelChoice, file: Path, drawing: Drawing, options:
         (row,): [Request(question.ids, row, sample) for sample in range(drawing.num)]
         for row, question in enumerate(asked.questions)
     }
-    try:
-        work = partial.answer(asked.generator, units, f"{loaded.name}: answers")
-        drawn = [partial.completions[unit] for unit in units]
-        samples = _judged(asked, grader, drawn, options.rule)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from there", err=True)
-        return EXIT_INTERRUPTED
+    work = partial.answer(asked.generator, units, f"{loaded.name}: answers")
+    samples = _judged(asked, grader, [partial.completions[unit] for unit in units], options.rule)
     selected = [select(own, options.keep, options.rule, options.min_score) for own in samples]
     _show(samples, selected, options)
     if not any(kept for kept, _ in selected):
-        raise InputError(
-            f"none of {drawing.num * len(samples)} answers is kept; the answers are in {options.output}.partial, "
-            "from which the same command with other --min-score, --scorer or --no-rule goes on",
-            where="TASK",
-            remedy="draw more (--num), or train the model until it solves some of the questions",
-        )
+        raise _nothing_kept(samples, options)
     source = provenance(loaded, asked.saved, settings) | _scorer_named(options, grader)
     outputs = {options.output: _kept_rows(asked.questions, [kept for kept, _ in selected], source)}
     pairs = [pairs for _, pairs in selected]
@@ -124,6 +116,21 @@ def rejection_sample(choice: ModelChoice, file: Path, drawing: Drawing, options:
     return EXIT_DONE
 
 
+def _nothing_kept(samples: Sequence[Sequence[Sample]], options: Options) -> InputError:
+    flat = [sample for own in samples for sample in own]
+    cut_off = sum(sample.cut_off for sample in flat)
+    ways = [f"let answers be longer by --max-new-tokens, of which {cut_off} were cut off"] if cut_off else []
+    if not options.rule or cut_off < len(flat):
+        ways += ["draw more by --num", "train the model until it solves some of the questions"]
+    partial = partial_of(options.output)
+    return InputError(
+        f"none of {len(flat)} answers is kept; the answers are in {partial}, from which the same command with other "
+        "--min-score, --scorer or --no-rule goes on",
+        where="TASK",
+        remedy=f"remove {partial}, and {', or '.join(ways)}",
+    )
+
+
 def _check(drawing: Drawing, options: Options) -> None:
     """What can be said before anything is read."""
     check_outputs({"--output": options.output, "--pairs": options.pairs})
@@ -136,6 +143,10 @@ def _check(drawing: Drawing, options: Options) -> None:
         )
     if options.min_score is not None and options.scorer is None:
         raise InputError("needs a reward model", where="--min-score", remedy="give one by --scorer")
+    if options.min_score is not None and not math.isfinite(options.min_score):
+        raise InputError(
+            f"{options.min_score} is no score to reach", where="--min-score", remedy="give a number such as 0.5"
+        )
     if options.pairs is not None and not options.rule:
         raise InputError(
             "only the rule says which answers are wrong", where="--pairs", remedy="leave --no-rule or --pairs out"
@@ -184,6 +195,7 @@ def _judged(
         with row_progress(f"{asked.loaded.name}: scores", len(flat)) as progress:
             given, read = grader.score([(question.shown, said["text"]) for question, _, said in flat], progress.advance)
         scores, unread = list(given), [not num for num in read]
+        grader.tell_unread(asked.loaded.name)
     samples = [
         Sample(
             number,

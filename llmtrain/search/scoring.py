@@ -2,8 +2,8 @@
 
 A reward model has a tokenizer and a chat template of its own: what another model was asked, a text or messages, and
 what it said are encoded by these (`evaluation/judging.py`). An answer that it cannot read, because it is longer than
-its window, or because the template does not write it, gets the worst score there is, and is told: hours of answers are
-not lost for it.
+its window, or because the template does not write it, gets the worst score there is, and is counted: hours of answers
+are not lost for it.
 """
 
 import logging
@@ -32,6 +32,7 @@ class Grader:
         batch_tokens: about so many positions are computed at once.
 
     Attributes:
+        scorer: as given.
         separator: ends a step; None where whole answers are judged.
 
     Raises:
@@ -39,10 +40,11 @@ class Grader:
     """
 
     def __init__(self, scorer: Scorer, how: Aggregate | None = None, batch_tokens: int = 8192):
+        self.scorer = scorer
         self._judge = Judge(scorer, how, batch_tokens)
         self.separator = scorer.separator if self._judge.judges_steps else None
         self.how = self._judge.how
-        self._told = False
+        self._unread: list[InputError] = []
 
     @property
     def judges_steps(self) -> bool:
@@ -61,7 +63,7 @@ class Grader:
     def score(
         self, answers: Sequence[tuple[Shown, str]], advance: Callable[[int], None] = lambda num: None
     ) -> tuple[list[float], list[int]]:
-        """Of each (what was asked, what was said) the score, and the tokens that were read for it.
+        """Of each (what was asked, what was said) the score, and the tokens that were read for it; see `tell_unread`.
 
         Args:
             advance: is told how many more were scored.
@@ -70,14 +72,13 @@ class Grader:
             InputError: a score is not finite.
         """
         scores, lengths = [self.worst] * len(answers), [0] * len(answers)
-        unread: InputError | None = None
         for first in range(0, len(answers), _CHUNK):
             rows: dict[int, Encoded] = {}
             for index in range(first, min(first + _CHUNK, len(answers))):
                 try:
                     rows[index] = self._encoded(*answers[index], f"answer {index + 1}")
                 except InputError as error:
-                    unread = unread or error
+                    self._unread.append(error)
                     advance(1)
             places = list(rows)
 
@@ -88,8 +89,6 @@ class Grader:
             self._judge.judge(list(rows.values()), take)
             for index, row in rows.items():
                 lengths[index] = len(row.ids)
-        if unread is not None:
-            self._tell(lengths.count(0), unread)
         return scores, lengths
 
     def _encoded(self, shown: Shown, answer: str, where: str) -> Encoded:
@@ -99,15 +98,16 @@ class Grader:
             raise too_long
         return encoded
 
-    def _tell(self, num: int, why: InputError) -> None:
-        if not self._told:
+    def tell_unread(self, what: str) -> None:
+        """Says how many answers could not be read since it was last called; `what` names whose they are."""
+        if self._unread:
             log.warning(
-                "%d answers get the worst score, since the reward model cannot read them, such as %s: %s",
-                num,
-                why.where,
-                why.message,
+                "%s: %d answers get the worst score, since the reward model cannot read them; of the first: %s",
+                what,
+                len(self._unread),
+                self._unread[0].message,
             )
-            self._told = True
+        self._unread = []
 
 
 def score_answers(
@@ -120,4 +120,6 @@ def score_answers(
     """
     grader = Grader(scorer, how, batch_tokens)
     grader.check([(shown, f"answer {number}") for number, (shown, _) in enumerate(answers, start=1)])
-    return grader.score(answers)[0]
+    scores, _ = grader.score(answers)
+    grader.tell_unread("scores")
+    return scores

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llmtrain import distributed, engines
 from llmtrain.algorithms.distillation import Distilled, distilled
+from llmtrain.algorithms.judged import Around
 from llmtrain.contracts import POLICY, Engine
 from llmtrain.data.build import cache_directory, prepare_data, prepare_tokenizer
 from llmtrain.data.loader import Loader, evaluation_batches
@@ -76,8 +77,8 @@ def put_together(recipe: schema.Recipe, world: World) -> tuple[Engine, Distilled
     loader = Loader(datasets.train, order, plan.sequences, plan.micro_sequences, world.rank, world.size)
     held_out = evaluation_batches(datasets.validation, 16, plan.micro_sequences, world.rank, world.size)
     template = datasets.documents.chat_template
-    decoder = blueprint.decoder
-    made = distilled(recipe, plan, loader, held_out, engine, teacher, decoder, tokenizer, template, world, nullcontext)
+    around = Around(engine, blueprint.decoder, world, Path(recipe.output_dir), nullcontext, teacher=teacher)
+    made = distilled(recipe, plan, loader, held_out, tokenizer, template, around)
     return engine, made
 
 

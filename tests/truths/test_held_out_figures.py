@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llmtrain.evaluation import perplexity
 from llmtrain.evaluation.tasks import LoadedTask, Perplexity
 from llmtrain.models.saved import load_saved
 from llmtrain.observe.metrics import read_metrics
 from llmtrain.recipe.loading import load_recipe
+from llmtrain.recipe.schema.figures import held_out_figures
+from tests import judged
+from tests.chats import sft_recipe
+from tests.distilling import TEACHER
 from tests.runs import train_here, write_recipe
 
 SAMPLES = 4
@@ -23,6 +28,27 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "masked, shifted": {"kind": "masked_diffusion", "shift": True},
     "uniform": {"kind": "score_entropy", "noise": "uniform"},
 }
+
+
+def names(record: dict[str, Any]) -> set[str]:
+    return {name.removeprefix("eval_") for name in record if name.startswith("eval_")}
+
+
+@pytest.mark.parametrize("name", [*judged.ALGORITHMS, "distillation", "block_diffusion"])
+def test_a_run_has_the_figures_that_recipes_may_name(name: str, tmp_path: Path) -> None:
+    """Of the other algorithms the next test looks at them."""
+    match name:
+        case "distillation":
+            recipe = sft_recipe(tmp_path, algorithm={"kind": name, "teacher": TEACHER})
+        case "block_diffusion":
+            algorithm = {"kind": name, "task": "sft", "block_size": 4, "clip": "search"}
+            recipe = sft_recipe(tmp_path, algorithm=algorithm)
+        case _:
+            recipe = judged.judged_recipe(tmp_path, name)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe | {"steps": 1, "schedule": {"kind": "constant"}}))
+    first, *_ = read_metrics(train_here(file) / "metrics.jsonl")
+    assert names(first) == set(held_out_figures(load_recipe(file).recipe.algorithm))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -38,6 +64,7 @@ def test_a_run_and_an_evaluation_measure_the_same(name: str, tmp_path: Path) -> 
     run = train_here(recipe)
     ours = [record for record in read_metrics(run / "metrics.jsonl") if "eval_loss" in record][-1]
     loaded = load_recipe(recipe)
+    assert names(ours) == set(held_out_figures(loaded.recipe.algorithm))
     task = Perplexity(
         kind="perplexity",
         data=loaded.recipe.data.train,

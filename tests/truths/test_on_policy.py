@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.algorithms.distillation import distilled
+from llmtrain.algorithms.judged import Around
 from llmtrain.algorithms.on_policy import answered
 from llmtrain.contracts import POLICY, MicroBatch
 from llmtrain.data.loader import Loader
@@ -129,8 +130,8 @@ def test_answers_do_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
     template, found = distil.datasets.documents.chat_template, []
     for each, plan in ((distil.loader, BatchPlan(8, 4, 2, 1)), (loader, BatchPlan(8, 1, 8, 1))):
         teacher, decoder = Frozen(distil.teacher), distil.student
-        around = (distil.engine, teacher, decoder, distil.tokenizer, template, tiny.ALONE, nullcontext)
-        made = distilled(distil.recipe, plan, each, [], *around)
+        around = Around(distil.engine, decoder, tiny.ALONE, tmp_path, nullcontext, teacher=teacher)
+        made = distilled(distil.recipe, plan, each, [], distil.tokenizer, template, around)
         found.append(made.micro_batches(0))
     texts = [sorted(text for micro in batches for text in texts_of(micro)) for batches in found]
     assert texts[0] == texts[1] and len(found[0]) < len(found[1])

@@ -257,6 +257,13 @@ def test_a_tokenizer_of_another_model(train: Callable[..., Done], tmp_path: Path
     assert mended.code == 0, mended.err
 
 
+def test_an_adapter_in_place_of_a_model(train: Callable[..., Done], tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    recipe = write_recipe(tmp_path, steps=2, model={"kind": "pretrained", "path": str(tmp_path / "lora")})
+    assert_refused(train(recipe), "model.path: ", "lora is an adapter, and no whole model", "remedy: merge it")
+
+
 # -------------------------------------------------------------------------------- run directories
 
 
@@ -276,6 +283,20 @@ def killed(finished: Path, tmp_path: Path) -> tuple[Path, str]:
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints" / "step-00000004")
     return finished, f"output_dir={tmp_path / 'runs'}"
+
+
+@pytest.mark.parametrize("tokenizer", ["{kind: sentencepiece, vocab_size: 400}", "{kind: model}"])
+def test_a_run_in_place_of_its_model(
+    finished: Path, killed: tuple[Path, str], train: Callable[..., Done], tmp_path: Path, tokenizer: str
+) -> None:
+    run, unfinished = finished.parent / "runs" / "tiny", tmp_path / "runs" / "tiny"
+    recipe = write_recipe(tmp_path, steps=2, name="next", model={"kind": "pretrained", "path": str(run)})
+    settings = f"tokenizer={tokenizer}"
+    assert_refused(train(recipe, settings), f"{run} is a run, whose model is in {run / 'final'}", "remedy: name that")
+    refused = train(recipe, settings, f"model.path={unfinished}")
+    assert_refused(refused, f"{unfinished} is a run that is not finished", "remedy: run its `llmtrain train` command")
+    mended = train(recipe, settings, f"model.path={run / 'final'}")
+    assert mended.code == 0, mended.err
 
 
 def test_a_file_in_place_of_the_output_directory(train: Callable[..., Done], tmp_path: Path) -> None:

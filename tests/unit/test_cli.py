@@ -223,6 +223,23 @@ def in_terminal(columns: int, *arguments: str) -> str:
     return written.decode().replace("\r\n", "\n")
 
 
+@pytest.mark.parametrize(
+    ("output", "code", "told"),
+    [
+        ("> /dev/full", 1, "error: standard output cannot be written: No space left on device\n  remedy: make room"),
+        (">&-", 0, ""),
+        ("| true", 0, ""),
+    ],
+)
+def test_a_table_that_cannot_be_printed(output: str, code: int, told: str) -> None:
+    """Nobody reads a closed output, and its reader may leave; of what was to be kept an error tells."""
+    script = f'set -o pipefail; "$@" {output}'
+    command = ["bash", "-c", script, "bash", sys.executable, "-m", "llmtrain", "recipes", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.startswith(told) and (told or not done.stderr)
+
+
 def test_list_in_a_pipe(llmtrain: Run) -> None:
     lines = [line.split("\t") for line in llmtrain("recipes", "list").out.splitlines()]
     assert lines[0] == ["name", "description", "architecture", "algorithm"]

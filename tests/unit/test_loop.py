@@ -1,6 +1,7 @@
 """The loop, through its public side: a real engine and observer, and a regression in place of a language model."""
 
 import json
+import logging
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -235,7 +236,7 @@ def with_bad_steps(*bad: int) -> Regression:
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_the_weights_before_them(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", with_bad_steps(3, 4, 5), steps=20)
-    message = r"step 5: 3 steps in a row .* not finite \(norm: policy nan; loss: nan\)"
+    message = r"step 5: 3 steps in a row .* not finite \(norm: policy nan; loss: policy nan\)"
     with pytest.raises(TrainingError, match=message) as caught:
         run.go()
     assert "optimizer.lr" in str(caught.value)
@@ -264,6 +265,48 @@ def test_the_count_outlives_a_resume(tmp_path: Path) -> None:
     assert again.loop.progress == Progress(step=3, tokens=60, skipped=2, skipped_in_a_row=2)
     with pytest.raises(TrainingError, match="step 4: 3 steps in a row"):
         again.go()
+
+
+def test_a_short_run_whose_steps_are_all_bad_has_failed(tmp_path: Path) -> None:
+    run = Run(tmp_path, with_bad_steps(1, 2), steps=2)
+    with pytest.raises(TrainingError, match="step 2: 2 steps in a row"):
+        run.go()
+    assert run.store.newest() is None
+
+
+def test_bad_steps_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first of a row, and at the end how many there were."""
+    run = Run(tmp_path, with_bad_steps(2, 3, 5), steps=6)
+    with caplog.at_level(logging.WARNING):
+        assert run.go()
+    assert [record.getMessage() for record in caplog.records if record.name == "llmtrain.progress"] == [
+        "step 2: the gradient is not finite (norm: policy nan; loss: policy nan), and the step is skipped",
+        "step 5: the gradient is not finite (norm: policy nan; loss: policy nan), and the step is skipped",
+        "3 of 6 steps were skipped, as their gradient was not finite",
+    ]
+
+
+def test_losses_that_are_not_finite_end_the_run_as_gradients_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class InfiniteLoss(Regression):
+        """In steps 2, 4, 5 and 6, with the gradients that there are."""
+
+        def loss(self, models: Mapping[str, nn.Module], micro: MicroBatch) -> LossOutput:
+            output = super().loss(models, micro)
+            infinite = models[POLICY].training and run.loop.progress.step + 1 in (2, 4, 5, 6)
+            return LossOutput({POLICY: output.sums[POLICY] + math.inf}) if infinite else output
+
+    run = Run(tmp_path, InfiniteLoss(), steps=9, checkpoint={"every": 1, "keep": 1})
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(TrainingError, match=r"step 6: 3 steps .*; loss: policy inf\)"),
+    ):
+        run.go()
+    assert run.loop.progress == Progress(step=6, tokens=480, skipped=0, skipped_in_a_row=3)
+    assert "step 2: the loss is not finite (norm: policy" in caplog.text
+    newest = run.store.newest()
+    assert newest is not None and newest.name == "step-00000003"
 
 
 def test_a_diverging_run_keeps_the_checkpoints_from_before(tmp_path: Path) -> None:

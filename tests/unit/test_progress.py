@@ -22,10 +22,11 @@ from tests.runs import final_weights, train_here, training_state, write_recipe
         ("min", [3.0, 2.95], 1),  # less than min_delta
         ("max", [0.1, 0.5, 0.4], 1),
         ("max", [0.5, 0.1, 0.9], 0),
+        (None, [3.0, 2.0, 1.0], 0),  # of a loss less is better
         ("min", [math.nan, 1.0], 0),
     ],
 )
-def test_evaluations_without_an_improvement(mode: str, figures: list[float], stale: int) -> None:
+def test_evaluations_without_an_improvement(mode: str | None, figures: list[float], stale: int) -> None:
     spec = EarlyStopping.model_validate({"mode": mode, "patience": 3, "min_delta": 0.1})
     progress = Progress()
     for figure in figures:

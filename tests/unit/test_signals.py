@@ -145,5 +145,41 @@ def test_a_forked_worker_dies_of_its_own_signals_and_its_parent_is_not_asked() -
         assert not stop
 
 
+INTERRUPTIBLE = """
+import os, signal, sys, time
+from llmtrain.signals import interruptible
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell started this in the background
+def outcome():
+    if number == signal.SIGTERM:
+        os.kill(os.getpid(), number)  # `timeout` sends it to the process, and to its group
+    return "it is kept"
+number = int(sys.argv[1])
+with interruptible(outcome):
+    worker = os.fork()
+    if worker == 0:
+        time.sleep(60)
+        os._exit(1)
+    time.sleep(0.2)
+    os.kill(worker, signal.SIGTERM)
+    assert os.WTERMSIG(os.waitpid(worker, 0)[1]) == signal.SIGTERM
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_no_training_is_broken_off(number: signal.Signals) -> None:
+    program = [sys.executable, "-c", INTERRUPTIBLE, str(int(number))]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (128 + number, "interrupted; it is kept\n")
+
+
+def test_the_handler_of_sigterm_comes_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with signals.interruptible(lambda: ""):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_an_echo_is_shorter_than_patience() -> None:
     assert 0.5 < signals.ECHO_SECONDS < 5

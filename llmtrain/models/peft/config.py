@@ -72,8 +72,6 @@ def peft_config(spec: Adapter, recipe: Recipe, hf: PreTrainedModel, mask_row: in
     common["base_model_name_or_path"] = model.path
     common["revision"] = model.revision
     if isinstance(spec, PromptTuning | PrefixTuning | PTuning):
-        if scoring is not None:
-            raise _not_saved(spec.kind, scoring)
         return _of_prompt(spec, common)
     with refused_as_input_error():
         if isinstance(spec, OtherAdapter):

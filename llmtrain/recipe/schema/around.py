@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from llmtrain.recipe.schema.base import PositiveInt, Section
+from llmtrain.recipe.schema.figures import BETTER, Mode
 
 
 class EMA(Section):
@@ -20,11 +21,25 @@ class Evaluation(Section):
     max_sequences: PositiveInt = Field(256, description="At most so many held-out rows, always the same ones.")
 
 
-class EarlyStopping(Section):
+class WatchedFigure(Section):
+    metric: str = Field(
+        "loss", description="A held-out figure of the algorithm: what metrics.jsonl has as eval_loss is loss."
+    )
+    mode: Mode | None = Field(
+        None,
+        description="Whether less or more of it is better. Only for figures of which that is not known: of loss, "
+        "perplexity, accuracy, margin and the like it is.",
+    )
+
+    @property
+    def better(self) -> Mode:
+        """The mode, also where it is not said."""
+        return self.mode or BETTER[self.metric]
+
+
+class EarlyStopping(WatchedFigure):
     """End the run when a held-out figure no longer improves; it is then done, and exits with 0."""
 
-    metric: str = Field("loss", description="A held-out figure, such as loss or perplexity.")
-    mode: Literal["min", "max"] = Field("min", description="Whether less or more of it is better.")
     patience: PositiveInt = Field(3, description="Evaluations without an improvement after which it ends.")
     min_delta: Annotated[float, Field(ge=0)] = Field(0.0, description="Less than this is no improvement.")
 
@@ -38,11 +53,8 @@ class Samples(Section):
     temperature: Annotated[float, Field(ge=0)] = Field(0.8, description="0 is greedy.")
 
 
-class Best(Section):
+class Best(WatchedFigure):
     """Which checkpoint is the best one."""
-
-    metric: str = Field("loss", description="A held-out figure, such as loss or perplexity.")
-    mode: Literal["min", "max"] = Field("min", description="Whether less or more of it is better.")
 
 
 class Checkpoint(Section):

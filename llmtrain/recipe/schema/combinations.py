@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmtrain.errors import nearest
 from llmtrain.recipe.schema.adapter import PrefixTuning, PromptLearning
 from llmtrain.recipe.schema.algorithm import DIFFUSION, BlockDiffusion, MaskedDiffusion, ScoreEntropy
 from llmtrain.recipe.schema.data import RecordSource
 from llmtrain.recipe.schema.engine import DeepSpeedEngine, FSDPEngine
+from llmtrain.recipe.schema.figures import BETTER, held_out_figures
 from llmtrain.recipe.schema.model import ModelFromPretrained
 from llmtrain.recipe.schema.preference import REFERENCED
 
 if TYPE_CHECKING:
+    from llmtrain.recipe.schema.around import WatchedFigure
     from llmtrain.recipe.schema.recipe import Recipe
 
 
@@ -24,6 +27,8 @@ def contradiction(recipe: Recipe) -> str | None:
         or _of_adapter(recipe)
         or _of_judged(recipe)
         or (_of_diffusion(recipe, recipe.algorithm) if isinstance(recipe.algorithm, DIFFUSION) else None)
+        or _of_figure(recipe, "early_stopping", recipe.early_stopping)
+        or _of_figure(recipe, "checkpoint.keep_best", recipe.checkpoint.keep_best)
     )
 
 
@@ -69,6 +74,11 @@ def _of_judged(recipe: Recipe) -> str | None:
 
 def _of_adapter(recipe: Recipe) -> str | None:
     model, adapter = recipe.model, recipe.adapter
+    if isinstance(adapter, PromptLearning) and recipe.scores:
+        return (
+            f"adapter {adapter.kind} is saved with no other module, and {recipe.algorithm.kind} trains a head that "
+            "scores, too; use adapter lora or ia3"
+        )
     if isinstance(adapter, PrefixTuning) and recipe.packing != "none":
         return (
             "adapter prefix_tuning puts keys before the row that every document in it would see; set data.packing: none"
@@ -118,6 +128,29 @@ def _of_blocks(recipe: Recipe, algorithm: BlockDiffusion) -> str | None:
         return "algorithm.clip has no meaning for blocks of one token, whose loss does not depend on the rate"
     if algorithm.clip == "search" and recipe.data.validation is None and recipe.data.validation_fraction == 0:
         return "algorithm.clip search measures on held-out rows; give data.validation or validation_fraction"
+    return None
+
+
+def _of_figure(recipe: Recipe, key: str, watched: WatchedFigure | None) -> str | None:
+    """Of a held-out figure that decides when the run ends, or which checkpoint is its best."""
+    if watched is None:
+        return None
+    if recipe.data.validation is None and recipe.data.validation_fraction == 0:
+        return f"{key} looks at held-out rows, and there are none; give data.validation or data.validation_fraction"
+    metric, mode, known = watched.metric, watched.mode, BETTER.get(watched.metric)
+    there = held_out_figures(recipe.algorithm)
+    if metric not in there:
+        return (
+            f"{key}.metric {metric!r} is no held-out figure of {recipe.algorithm.kind}{nearest(metric, there)}; there "
+            f"are: {', '.join(there)}"
+        )
+    if known is None and mode is None:
+        return f"{key}.metric {metric}: it is not known whether less or more of it is better; give mode: min or max"
+    if known is not None and mode not in (None, known):
+        return (
+            f"{key}.mode {mode} would take the worst for the best: {'less' if known == 'min' else 'more'} {metric} is "
+            "better; take mode away"
+        )
     return None
 
 

@@ -4,9 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llmtrain.recipe.schema.base import PositiveFloat, PositiveInt, Section
+from llmtrain.recipe.schema.base import PositiveInt, Section
 from llmtrain.recipe.schema.model import Model
 
+# Beyond what any run needs, and within what float32 can square, divide by and add up.
+Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Reference = Annotated[
     Literal["cached", "adapter_off"],
@@ -30,7 +33,7 @@ class RewardModel(Section):
     """A score for answers, from answers that were compared (Bradley-Terry; of K ranked ones all pairs, InstructGPT)."""
 
     kind: Literal["reward_model"]
-    centering: Annotated[float, Field(ge=0)] = Field(
+    centering: Annotated[float, Field(ge=0, le=1e6)] = Field(
         0.0, description="Weight of (score + score)^2 over each pair, which keeps scores around 0; try 0.01."
     )
     normalize: bool = Field(
@@ -55,7 +58,7 @@ class DPO(Section):
 
     kind: Literal["dpo"]
     loss: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="What of the margin is minimised.")
-    beta: PositiveFloat = Field(0.1, description="How far the policy may go from the reference: less is further.")
+    beta: Scale = Field(0.1, description="How far the policy may go from the reference: less is further.")
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         0.0, description="Share of the preferences that are taken to be the wrong way round (conservative DPO)."
     )
@@ -76,13 +79,13 @@ class KTO(Section):
     """Answers that are good or bad, not compared (arXiv 2402.01306)."""
 
     kind: Literal["kto"]
-    beta: PositiveFloat = Field(0.1, description="How far the policy may go from the reference: less is further.")
-    desirable_weight: PositiveFloat = Field(
+    beta: Scale = Field(0.1, description="How far the policy may go from the reference: less is further.")
+    desirable_weight: Scale = Field(
         1.0,
         description="What good answers count; the paper wants (good ones times their weight) / (bad ones times theirs) "
         "between 1 and 1.5.",
     )
-    undesirable_weight: PositiveFloat = Field(1.0, description="What bad answers count.")
+    undesirable_weight: Scale = Field(1.0, description="What bad answers count.")
     reference: Reference = "cached"
 
 
@@ -90,7 +93,7 @@ class ORPO(Section):
     """Likelihood of the better answer and its odds against the worse one, without a reference (arXiv 2403.07691)."""
 
     kind: Literal["orpo"]
-    beta: PositiveFloat = Field(0.1, description="Weight of the odds ratio (the paper's lambda).")
+    beta: Scale = Field(0.1, description="Weight of the odds ratio (the paper's lambda).")
     share_prompts: SharePrompts = True
 
 
@@ -98,8 +101,8 @@ class SimPO(Section):
     """Mean log-probabilities with a target margin, without a reference (arXiv 2405.14734)."""
 
     kind: Literal["simpo"]
-    beta: PositiveFloat = Field(2.0, description="Scale of the difference of mean log-probabilities.")
-    gamma: Annotated[float, Field(ge=0)] = Field(1.0, description="The margin that is aimed at.")
+    beta: Scale = Field(2.0, description="Scale of the difference of mean log-probabilities.")
+    gamma: Annotated[float, Field(ge=0, le=1e6)] = Field(1.0, description="The margin that is aimed at.")
     share_prompts: SharePrompts = True
 
 
@@ -113,12 +116,12 @@ class Distillation(Section):
         description="0: KL(teacher || student), which covers all that the teacher may say. 1: KL(student || teacher), "
         "which keeps to what it is likely to say. Between: generalised Jensen-Shannon divergence.",
     )
-    temperature: PositiveFloat = Field(1.0, description="Logits of both are divided by it.")
+    temperature: Temperature = Field(1.0, description="Logits of both are divided by it.")
     on_policy: Ratio = Field(
         0.0, description="Share of the rows whose answers are written by the student; the others are the data's."
     )
     max_new_tokens: PositiveInt = Field(128, description="Of an answer that the student writes.")
-    sampling_temperature: PositiveFloat = Field(1.0, description="Of the student's sampling.")
+    sampling_temperature: Temperature = Field(1.0, description="Of the student's sampling.")
 
 
 REFERENCED = (DPO, KTO)  # need log-probabilities under a reference

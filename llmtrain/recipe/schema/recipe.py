@@ -96,11 +96,11 @@ class Recipe(Section):
                 f"checkpoint.keep_best compares checkpoints by their own evaluations: make checkpoint.every "
                 f"({self.checkpoint.every}) a multiple of evaluation.every ({self.evaluation.every})"
             )
-        if self.optimizer.lr is None:
-            self._take_default_lr()
         too_long = None if self.steps is None else exceeding(self.schedule, self.steps)
         if (problem := too_long or contradiction(self)) is not None:
             raise ValueError(problem)
+        if self.optimizer.lr is None:
+            self._take_default_lr()
         return self
 
     def _take_default_lr(self) -> None:

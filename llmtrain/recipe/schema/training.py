@@ -54,7 +54,9 @@ class AdamW(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled weight decay of the matrices.")
     clip_norm: PositiveFloat | None = Field(1.0, description="Global gradient norm to clip to; null for no clipping.")
     max_skipped_steps: PositiveInt = Field(
-        10, description="Non-finite steps in a row (skipped and counted) after which the run fails."
+        10,
+        description="Steps in a row whose gradient (they are skipped and counted) or loss is not finite, after which "
+        "the run fails; so it does where all of its steps are such.",
     )
 
 

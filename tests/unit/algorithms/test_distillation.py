@@ -9,6 +9,7 @@ import torch
 from llmtrain.algorithms.distillation import check_teacher, check_tokenizer
 from llmtrain.data.build import cache_directory, prepare_tokenizer
 from llmtrain.errors import InputError
+from llmtrain.models.hub import open_other_model
 from llmtrain.recipe import schema
 from tests import tiny
 from tests.chats import sft_recipe, write_chat_model
@@ -43,6 +44,20 @@ def test_a_token_that_the_teacher_does_not_know_is_refused(tmp_path: Path) -> No
             {"kind": "pretrained", "path": str(tmp_path / "teacher")},
             tokenizer={"kind": "model", "add_tokens": ["<|new|>"]},
         )
+
+
+def test_a_teacher_that_was_made_for_shorter_rows_is_named(tmp_path: Path) -> None:
+    write_chat_model(tmp_path / "teacher", max_position_embeddings=64)
+    teacher = {"kind": "pretrained", "path": str(tmp_path / "teacher")}
+    algorithm = {"kind": "distillation", "teacher": teacher}
+    recipe = schema.Recipe.model_validate(sft_recipe(tmp_path, algorithm=algorithm))
+    tokenizer = prepare_tokenizer(recipe, cache_directory(recipe.data.cache_dir)).tokenizer
+    assert isinstance(recipe.algorithm, schema.Distillation)
+    with pytest.raises(InputError, match="rows of 96 tokens, .* model of algorithm.teacher was made for 64") as found:
+        open_other_model(recipe.algorithm.teacher, recipe, tokenizer, where="algorithm.teacher")
+    assert found.value.where == "sequence_length"
+    assert found.value.remedy is not None and found.value.remedy.startswith("use 64 or less, another model, or stretch")
+    assert "algorithm.teacher.rope_parameters" in found.value.remedy
 
 
 def test_a_diffusion_model_is_no_teacher(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Log-probabilities under the reference: kept with the run, read when it goes on, and by no other run."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -76,6 +77,74 @@ def test_a_damaged_one_is_refused(whole: tuple[Path, Path], tmp_path: Path) -> N
     with pytest.raises(InputError, match="cannot be read") as caught:
         train_here(recipe, f"output_dir={tmp_path}")
     assert caught.value.where == str(copy / FILE)
+
+
+def begun(run: Path, directory: Path) -> Path:
+    """A copy of the run as it was before its first checkpoint."""
+    copy = stopped(run, directory)
+    shutil.rmtree(copy / "checkpoints")
+    return copy
+
+
+def retrained(model: Path) -> None:
+    """Other weights in the same place."""
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor * 1.1 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+
+
+def shift(file: Path) -> dict[str, torch.Tensor]:
+    """Makes those that are kept others, which show whether they are read."""
+    shifted = {name: values + 1 for name, values in load_file(file).items()}
+    save_file(shifted, file, metadata(file))
+    return shifted
+
+
+def is_kept(file: Path, values: dict[str, torch.Tensor]) -> bool:
+    found = load_file(file)
+    return all(torch.equal(found[name], own) for name, own in values.items())
+
+
+def test_a_run_that_begins_again_reads_it_while_the_model_is_the_same(
+    whole: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where files of the same content have another place in time, as on another node."""
+    recipe, run = whole
+    copy = begun(run, tmp_path)
+    shifted = shift(copy / FILE)
+    model = recipe.parent / "model" / "model.safetensors"
+    content = model.read_bytes()
+    model.unlink()
+    model.write_bytes(content)
+    train_here(recipe, f"output_dir={tmp_path}")
+    assert is_kept(copy / FILE, shifted)
+
+
+@pytest.mark.parametrize("adapter", [None, "adapter={kind: lora, r: 4, target_modules: [q_proj]}"])
+def test_the_model_was_trained_again_in_its_place(
+    adapter: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that begins again begins with it. One that goes on holds all that was trained, or is refused."""
+    recipe = tmp_path / "dpo.yaml"
+    recipe.write_text(yaml.safe_dump(judged_recipe(tmp_path, "dpo", name="dpo")))
+    settings = [] if adapter is None else [adapter]
+    run = train_here(recipe, f"output_dir={tmp_path / 'runs'}", *settings)
+    kept = load_file(run / FILE)
+    retrained(tmp_path / "model")
+
+    again = begun(run, tmp_path / "again")
+    with caplog.at_level(logging.WARNING):
+        train_here(recipe, f"output_dir={tmp_path / 'again'}", *settings)
+    assert "the model's weights changed since the log-probabilities under the reference were computed" in caplog.text
+    assert not is_kept(again / FILE, kept)
+
+    goes_on = stopped(run, tmp_path / "goes-on")
+    if adapter is None:
+        train_here(recipe, f"output_dir={tmp_path / 'goes-on'}", *settings)
+        assert is_kept(goes_on / FILE, kept)
+    else:
+        with pytest.raises(InputError, match="the model's weights changed") as caught:
+            train_here(recipe, f"output_dir={tmp_path / 'goes-on'}", *settings)
+        assert caught.value.remedy is not None and "bring the former weights back" in caught.value.remedy
 
 
 def test_that_of_a_run_which_never_trained_is_computed_anew(whole: tuple[Path, Path], tmp_path: Path) -> None:

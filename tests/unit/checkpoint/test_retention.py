@@ -45,7 +45,7 @@ def test_every_so_many_steps_too(tmp_path: Path) -> None:
         ([3, 1, 2, 4], {}, [2, 4]),
         ([3, 1, 2, 4], {"mode": "max"}, [4]),
         ([3, 5, 2, 4], {"mode": "max"}, [2, 4]),
-        ([3, 5, 2, 4], {"metric": "accuracy", "mode": "max"}, [3, 4]),
+        ([3, 5, 2, 4], {"metric": "accuracy"}, [3, 4]),
         ([1, 1, 2, 2], {}, [2, 4]),  # of equals the newer
         ([1, NAN, float("inf"), -float("inf")], {}, [1, 4]),  # what is not finite is never best
         ([NAN, NAN], {}, [2]),

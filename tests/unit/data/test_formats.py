@@ -251,6 +251,15 @@ def test_labelled_completions_are_not_all_imitated(tmp_path: Path) -> None:
     assert read(tmp_path, row | {"label": "fiction"}) == [PromptCompletion("a", "b", "")]
 
 
+@pytest.mark.parametrize("label", [0, 1, "good", 0.5])
+def test_labels_that_are_no_booleans_where_labelled_answers_are_wanted(tmp_path: Path, label: Any) -> None:
+    rows = [GOOD["labelled"] | {"label": label}, GOOD["labelled"]]
+    with pytest.raises(InputError, match=rf"rows.jsonl:1: label is .*\({label!r}\), not true or false") as told:
+        list(read_examples(source(tmp_path, rows), labelled=True))
+    assert told.value.remedy == "write true for a good answer, false for a bad one"
+    assert len(list(read_examples(source(tmp_path, rows[1:]), labelled=True))) == 1
+
+
 @pytest.mark.parametrize("margin", ["1", True, math.nan, math.inf, 1e300, 10**400])
 def test_margins_are_numbers(tmp_path: Path, margin: Any) -> None:
     error = error_of(tmp_path, GOOD["preference"] | {"margin": margin})

@@ -138,10 +138,9 @@ def prepare(directory: Path, recipe: Recipe) -> Any:
 def test_too_many_groups_that_teach_nothing(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     equal = {"prompt": "a", "chosen": "b", "rejected": "b"}
     good = preferences(9)
-    why = r"3 of 12 groups .* \(3: their chosen and rejected answers are equal\)"
-    with pytest.raises(InputError, match=why) as told:
+    why = r"3 of 12 groups .* \(3: their chosen and rejected answers are equal, the first is .*given.jsonl:10\)"
+    with pytest.raises(InputError, match=why):
         prepare(directory, recipe_of(directory, [*good, *[equal] * 3], "dpo"))
-    assert "given.jsonl:10" in told.value.message
     prepare(directory, recipe_of(directory, [*good, equal], "dpo", max_empty_share=0.2))
     assert "1 groups of answers were left out: their chosen and rejected answers are equal" in caplog.text
 
@@ -155,7 +154,7 @@ def test_what_teaches_nothing_is_counted_once_whichever_half_is_small(directory:
 def test_the_place_of_an_answer_of_a_pair_is_the_pair(directory: Path) -> None:
     rows = preferences(4)
     rows[2]["chosen"] = [{"role": "assistant", "content": "fox " * 200}]
-    with pytest.raises(InputError, match=r"1 do not fit in a row of 96 tokens.*given.jsonl:3"):
+    with pytest.raises(InputError, match=r"1: they do not fit in a row of 96 tokens.*given.jsonl:3"):
         prepare(directory, recipe_of(directory, rows, "kto"))
 
 
@@ -166,14 +165,31 @@ def test_equal_pairs_are_left_out_for_kto(directory: Path, caplog: pytest.LogCap
     assert "given.jsonl:20" in caplog.text
 
 
-def test_groups_longer_than_a_row(directory: Path) -> None:
+def test_groups_longer_than_a_row(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = preferences(4)
+    rows[1]["rejected"] = rows[1]["chosen"]  # so that documents have other numbers than rows
     rows[2]["chosen"] = [{"role": "assistant", "content": "fox " * 200}]
-    with pytest.raises(InputError, match=r"1 do not fit in a row of 96 tokens.*given.jsonl:3") as told:
+    with pytest.raises(InputError, match=r"1: they do not fit in a row of 96 tokens.*given.jsonl:3") as told:
         prepare(directory, recipe_of(directory, rows, "dpo"))
     assert "raise sequence_length (the longest takes" in str(told.value.remedy)
-    with pytest.raises(InputError, match="1 do not fit"):  # read from the cache
+    with pytest.raises(InputError, match="1: they do not fit"):  # read from the cache
         prepare(directory, recipe_of(directory, rows, "dpo"))
+    prepare(directory, recipe_of(directory, rows, "dpo", max_empty_share=0.6))
+    (warning,) = [text for text in caplog.messages if "do not fit" in text]
+    assert "1 groups of answers were left out: they do not fit in a row of 96 tokens" in warning
+    assert warning.endswith("given.jsonl:3")
+
+
+def test_steps_that_hold_the_separator(directory: Path) -> None:
+    rows = stepwise(8)
+    rows[2]["completions"][0] += "\nfox"
+    why = r"1: a step of theirs would be cut by algorithm.separator '\\n', the first is .*given.jsonl:3\)"
+    with pytest.raises(InputError, match=why) as told:
+        prepare(directory, recipe_of(directory, rows, "process_reward"))
+    assert "or choose another algorithm.separator" in str(told.value.remedy)
+    with pytest.raises(InputError, match="the corpus is empty") as told:
+        prepare(directory, recipe_of(directory, rows[2:3], "process_reward"))
+    assert "1, example 1 is the first: a step of theirs would be cut" in str(told.value.remedy)
 
 
 def test_kto_needs_another_prompt(directory: Path) -> None:
@@ -183,6 +199,28 @@ def test_kto_needs_another_prompt(directory: Path) -> None:
     ) as told:
         prepare(directory, recipe_of(directory, rows, "kto"))
     assert told.value.remedy == "give answers to other prompts"
+
+
+@pytest.mark.parametrize(("label", "kind", "other"), [(True, "good", "bad"), (False, "bad", "good")])
+def test_kto_needs_good_and_bad_answers(directory: Path, label: bool, kind: str, other: str) -> None:
+    rows = [{"prompt": f"a {i}", "completion": "b", "label": label} for i in range(6)]
+    recipe = recipe_of(directory, rows, "kto")
+    with pytest.raises(InputError, match=f"all answers to train on are {kind}.*the first is .*given.jsonl:1") as told:
+        prepare(directory, recipe)
+    assert told.value.where == "data.train"
+    assert str(told.value.remedy).startswith(f"add {other} answers (label {str(not label).lower()})")
+    assert ("algorithm.kind sft" in str(told.value.remedy)) == label
+    # One source may have the good ones, another the bad ones.
+    others = write_jsonl(directory / "others.jsonl", [{**row, "label": not label} for row in rows])
+    sources = [*recipe.data.model_dump()["train"], {"kind": "jsonl", "paths": [str(others)]}]
+    prepare(directory, recipe_of(directory, rows, "kto", train=sources))
+
+
+def test_kto_is_told_of_labels_that_are_numbers(directory: Path) -> None:
+    rows = [{"prompt": f"a {i}", "completion": "b", "label": i % 2} for i in range(6)]
+    with pytest.raises(InputError, match=r"given.jsonl:1: label is a number \(0\), not true or false") as told:
+        prepare(directory, recipe_of(directory, rows, "kto"))
+    assert told.value.remedy == "write true for a good answer, false for a bad one"
 
 
 def test_kto_takes_preferences_as_two_answers(directory: Path) -> None:

@@ -9,9 +9,11 @@ from llmtrain.data.chat_template_files import named
 from llmtrain.data.examples import Conversation, Example, Labelled, Preference, PromptCompletion, Ranking, Stepwise
 from llmtrain.data.groups import AnswerEncoder, Judged, Wanted
 from llmtrain.errors import InputError
+from llmtrain.evaluation.judging import Answer, Judge
 from llmtrain.recipe.schema import JSONLSource
 from tests.chats import write_jsonl
-from tests.unit.data.chats import assistant, chat_tokenizer, data, encoder, user
+from tests.unit.data.chats import assistant, chat_tokenizer, data, encoder, system, user
+from tests.unit.search.graders import HandScorer
 
 TOKENIZER = chat_tokenizer(named("chatml"))
 W = "rows.jsonl:1"
@@ -96,6 +98,18 @@ def test_without_a_prompt_it_is_the_messages_that_both_begin_with() -> None:
         (Ranking("a", ["b"], [1], W), "they have a single answer"),
         (Ranking("a", ["b", "c"], [2, 2], W), "all of their answers have the same rank"),
         (Ranking("a", ["b", "c", "b"], [1, 2, 3], W), "they have an answer twice"),
+        (
+            Preference(None, [user("a"), assistant("b")], [user("c"), assistant("d")], W),
+            "their answers have no prompt in common",
+        ),
+        (
+            Preference(None, [system("s"), user("a"), assistant("b")], [system("s"), user("c"), assistant("d")], W),
+            "their answers have no prompt in common",
+        ),
+        (
+            Ranking(None, [[user("a"), assistant("b")], [user("c"), assistant("d")]], [1, 2], W),
+            "their answers have no prompt in common",
+        ),
     ],
 )
 def test_what_teaches_nothing_is_left_out_with_its_reason(example: Example, why: str) -> None:
@@ -108,6 +122,36 @@ def test_what_teaches_nothing_is_left_out_with_its_reason(example: Example, why:
 def test_a_pair_of_equal_answers_is_not_both_good_and_bad() -> None:
     (tokens,) = judged("labelled").encode([Preference("a", "b", " b", W)])
     assert (tokens.ids, tokens.why) == ([], "their chosen and rejected answers are equal")
+
+
+def test_conversations_that_differ_before_their_last_turns_are_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parted = {
+        "chosen": [user("Hi"), assistant("Hello"), user("What?"), assistant("b")],
+        "rejected": [user("Hi"), assistant("Hello!"), user("What?"), assistant("c")],
+    }
+    usual = {"chosen": [*ASKED, assistant("b")], "rejected": [*ASKED, assistant("c")]}
+    file = write_jsonl(tmp_path / "rows.jsonl", [usual, parted, parted])
+    source = JSONLSource(kind="jsonl", paths=[str(file)])
+    for wanted in ("compared", "labelled"):
+        caplog.clear()
+        made = judged(wanted)
+        tokens = made.encode(list(made.read(source)))
+        assert caplog.text.count("the conversations differ before their last turns") == 1
+        assert "rows.jsonl:2: " in caplog.text and "the 1 messages that they begin with" in caplog.text
+        prompt, better = parts(tokens[-2 if wanted == "labelled" else -1])[:2]
+        assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        assert better.startswith("[Hello<|im_end|>]\n<|im_start|>user\nWhat?") and better.endswith("[b<|im_end|>]\n")
+
+
+def test_pairs_without_a_prompt_are_left_out_where_one_is_needed(tmp_path: Path) -> None:
+    rows = [{"chosen": "Yes indeed", "rejected": "No"}, {"chosen": "Is it? Yes", "rejected": "Is it? No"}]
+    made = judged("labelled")
+    examples = list(made.read(JSONLSource(kind="jsonl", paths=[str(write_jsonl(tmp_path / "rows.jsonl", rows))])))
+    left_out, *others = made.encode(examples)
+    assert (left_out.ids, left_out.why) == ([], "their answers have no prompt in common")
+    assert [tokens.values for tokens in others] == [[(0.0, 0.0)], [(1.0, 0.0)]]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +194,55 @@ def test_steps_that_a_template_trims_and_that_end_in_a_character_of_several_toke
     assert first.endswith("assistant\n1 / 2 = ½\n") and second.endswith("½\n3 / 2 = 1½")
 
 
+def test_spaces_that_a_template_trims_are_not_looked_for_in_a_later_step() -> None:
+    tokenizer = chat_tokenizer(named("chatml").replace("{{- message.content }}", "{{- message.content | trim }}"))
+    (tokens,) = Judged(tokenizer, data(), "steps", "\n").encode(
+        [Stepwise([user("Go.")], [" up", " up", " down"], [True, True, True], W)]
+    )
+    ends = [index for index, mark in enumerate(tokens.trained) if mark == 3]
+    texts = [tokenizer.decode(tokens.ids[: end + 1]).rpartition("assistant\n")[2] for end in ends]
+    assert texts == ["up\n", "up\n up\n", "up\n up\n down"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "separator"),
+    [
+        (["1 + 2 = 3", " so 3"], "\n"),
+        (["1 + 2 = 3\n", "\n so 3\n\n"], "\n"),
+        (["1 + 2\n= 3\n", "\nso 3", "3"], "\n\n"),
+        (["1 + 2 = 3 ки", " so 3 ", "3"], " ки"),
+    ],
+)
+def test_steps_are_learnt_where_a_whole_answer_of_them_is_judged(steps: list[str], separator: str) -> None:
+    judge = Judge(HandScorer(TOKENIZER, len, "process", separator))
+    for prompt in ("1 + 2 =", ASKED):
+        (tokens,) = judged("steps", separator).encode([Stepwise(prompt, steps, [True] * len(steps), W)])
+        learnt = [index for index, mark in enumerate(tokens.trained) if mark == 3]
+        assert len(learnt) == len(steps)
+        assert judge.encode(Answer(prompt, separator.join(steps), W)) == (tokens.ids, learnt)
+        assert judge.encode_steps(prompt, steps, W) == (tokens.ids, learnt)
+
+
+@pytest.mark.parametrize(("step", "separator"), [("1 + 2\n= 3", "\n"), (" ки", " ки"), ("a ки b", " ки")])
+def test_a_step_that_would_be_cut_is_neither_learnt_nor_judged(step: str, separator: str) -> None:
+    example = Stepwise("1 + 2 =", ["first", step], [True, True], W)
+    (tokens,) = judged("steps", separator).encode([example])
+    assert tokens.ids == []
+    assert tokens.why == f"a step of theirs would be cut by algorithm.separator {separator!r}"
+    with pytest.raises(InputError, match="step 2 would be cut by the separator") as told:
+        AnswerEncoder(TOKENIZER, separator).steps("1 + 2 =", example.completions, W)
+    assert told.value.where == W and "another separator" in str(told.value.remedy)
+
+
+def test_an_answer_that_was_cut_off_within_a_separator_is_judged() -> None:
+    """No example is learnt whose step ends so."""
+    judge = Judge(HandScorer(TOKENIZER, len, "process", "---"))
+    ids, ends = judge.encode(Answer("1 + 2 =", "3---so-", W))
+    assert [TOKENIZER.decode(ids[: end + 1]).removeprefix("<bos>1 + 2 =") for end in ends] == ["3---", "3---so----"]
+    (tokens,) = judged("steps", "---").encode([Stepwise("1 + 2 =", ["3", "so-"], [True, True], W)])
+    assert tokens.ids == []
+
+
 def test_all_answers_to_a_prompt_are_in_one_half(tmp_path: Path) -> None:
     rows = [{"prompt": f"What is {n}?", "chosen": f" It is {n}", "rejected": f" Not {n}"} for n in range(20)]
     file = write_jsonl(tmp_path / "rows.jsonl", [*rows, *({**row, "rejected": " No idea"} for row in rows)])
@@ -161,6 +254,18 @@ def test_all_answers_to_a_prompt_are_in_one_half(tmp_path: Path) -> None:
             halved_by.setdefault(str(example.prompt), set()).add(made.halved_by(example))
         assert len(halved_by) == 20 and all(len(keys) == 1 for keys in halved_by.values())
         assert len({key for keys in halved_by.values() for key in keys}) == 20
+
+
+def test_halves_of_pairs_without_a_prompt() -> None:
+    """By the messages that they begin with; texts by themselves."""
+    made = judged()
+    one, other = ([*ASKED, assistant(text)] for text in ("Four.", "4"))
+    halves = [made.halved_by(Preference(None, one, [*ASKED, assistant(text)], W)) for text in ("Five.", "Six.")]
+    assert halves[0] == halves[1] == made.halved_by(Preference(ASKED, one[-1:], other[-1:], W))
+    assert halves[0] == made.halved_by(Ranking(None, [one, other], [1, 2], W))
+    for prompt in (None, ""):
+        texts = [made.halved_by(Preference(prompt, f"It is {n}", "It is not", W)) for n in range(3)]
+        assert len(set(texts)) == 3
 
 
 def test_an_answer_is_asked_about_as_it_was_learnt() -> None:

@@ -160,6 +160,36 @@ def test_answers_with_their_judgements(
     assert lines[: len(shown)] == shown
 
 
+def test_groups_that_are_left_out_are_told_by_reason(llmtrain: Run, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, max_empty_share=0.9)
+    recipe = yaml.safe_load(path.read_text())
+    good = [{"prompt": f"ask {n}", "chosen": " yes", "rejected": " no"} for n in range(3)]
+    equal, long = {"prompt": "a", "chosen": " b", "rejected": " b"}, good[0] | {"chosen": " y" * 96}
+    rows = [*good, equal, long, equal]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    path.write_text(yaml.safe_dump(recipe | {"algorithm": {"kind": "dpo"}}))
+    for num in ("0", "1"):
+        done = llmtrain("data", "inspect", str(path), "--rows", num)
+        assert done.code == 0, done.err
+        table = figures(done.out)
+        assert table["left out: their chosen and rejected answers are equal"] == ["2"]
+        assert table["left out: they do not fit in a row of 96 tokens"] == ["1"]
+        assert "without a trained token" not in table
+        assert "3 groups of answers left out ===" in done.out
+        place = tmp_path / "chats.jsonl"
+        assert f"2: their chosen and rejected answers are equal; the first is {place}:4\n" in done.out
+        assert f"1: they do not fit in a row of 96 tokens; the first is {place}:5\n" in done.out
+
+
+def test_what_train_would_refuse_of_labels(llmtrain: Run, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    rows = [{"prompt": f"ask {n}", "completion": " fine", "label": True} for n in range(3)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"algorithm": {"kind": "kto"}}))
+    done = llmtrain("data", "inspect", str(path))
+    assert done.code == 2 and "=== row 1" in done.out and "all answers to train on are good" in done.err
+
+
 def test_on_a_terminal(tmp_path: Path) -> None:
     """Colours, unless NO_COLOR is set."""
     recipe = write_recipe(tmp_path)

@@ -273,7 +273,7 @@ def test_results_that_cannot_be_written(llmtrain: CommandLine, model: Path) -> N
     write_questions(model)
     assert_refused(llmtrain("eval", model, "qa.yaml", "--output", "no/out.json"), "--output: no such directory: no")
     Path("out.json").mkdir()
-    assert_refused(llmtrain("eval", model, "qa.yaml", "--output", "out.json"), "out.json cannot be written", code=1)
+    assert_refused(llmtrain("eval", model, "qa.yaml", "--output", "out.json"), "--output: out.json is a directory")
     assert_refused(llmtrain("eval", "nothing/at/all", "qa.yaml"), "no such directory: nothing/at/all")
 
 

@@ -146,6 +146,30 @@ def test_ranked_answers_weigh_as_one_row(llmtrain: CommandLine, models: dict[str
     assert sum(found["count"] for found in task["reliability"]) == 8
 
 
+def test_rows_with_an_answer_twice_are_left_out_and_counted(llmtrain: CommandLine, models: dict[str, Path]) -> None:
+    twice: list[dict[str, Any]] = [
+        {"prompt": "w7", "chosen": " w9 w10", "rejected": " w9 w10 "},
+        {"prompt": "w7", "chosen": " w9 w10", "rejected": " w9  w10"},  # the same tokens
+    ]
+    write_task()
+    plain, _ = measured(llmtrain("eval", models["outcome"], "pairs.yaml", *FILES))
+    write_task(ROWS[0], *twice, *ROWS[1:])
+    done = llmtrain("eval", models["outcome"], "pairs.yaml", *FILES)
+    task, records = measured(done)
+    assert {name: figure["value"] for name, figure in task["figures"].items()} == pytest.approx(
+        {name: figure["value"] for name, figure in plain["figures"].items()}
+    )
+    assert [record["row"] for record in records] == [0, 3, 4, 5, 6]
+    assert (task["left_out"], "left_out" in plain) == (2, False)
+    assert "2 of 7 rows left out with an answer twice, the first rows.jsonl:2" in done.out
+    write_task(*twice)
+    refused = llmtrain("eval", models["outcome"], "pairs.yaml")
+    assert_refused(refused, "pairs.yaml:1: data", "in each of its 2 rows two answers are the same", "remedy")
+    write_task(*({"prompt": "w7", "completions": [" w9", " w50", last], "ranks": [1, 2, 3]} for last in (" w9", " w8")))
+    task, records = measured(llmtrain("eval", models["outcome"], "pairs.yaml", *FILES))
+    assert [record["row"] for record in records] == [1] and task["left_out"] == 1
+
+
 @pytest.mark.parametrize("how", [None, "product", "min", "last"])
 def test_a_process_model_scores_by_its_steps(llmtrain: CommandLine, models: dict[str, Path], how: str | None) -> None:
     rows = [{"prompt": "w7", "chosen": " w9 w90 w10", "rejected": " w50 w50 w90 w9 w9 w9 w9"}]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from llmtrain.sampling import partial
 from tests import counting, scorers
 from tests.chats import write_chat_model
 from tests.diffusion import MASKED, write_diffusion_model
-from tests.saved import CommandLine, assert_refused, write_model
+from tests.saved import INTERRUPTIONS, CommandLine, assert_refused, interrupt, kept_in, write_model
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "w7 w8", "completion": " w50 w9", "id": 1},
@@ -135,8 +136,13 @@ def test_messages_and_what_was_written_to_them(llmtrain: CommandLine, tmp_path: 
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize(("number", "code"), INTERRUPTIONS)
 def test_an_interrupted_command_goes_on(
-    llmtrain: CommandLine, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    llmtrain: CommandLine,
+    models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
 ) -> None:
     write_rows(*ROWS)
     weights = Path(shutil.copytree(models["outcome"], "scorer"), "model.safetensors")
@@ -150,13 +156,13 @@ def test_an_interrupted_command_goes_on(
         if len(entries) == 3:
             file.write('{"unit": [2], "comple')  # what the kill cut off
             file.flush()
-            raise KeyboardInterrupt
+            interrupt(number)
         entries.append(entry)
         append(file, entry)
 
     monkeypatch.setattr(partial, "_append", killed)
     done = llmtrain("generate", "scorer", *files)
-    assert (done.code, done.err.splitlines()[-1]) == (130, "interrupted; the same command goes on from there")
+    assert (done.code, done.err.splitlines()[-1]) == (code, kept_in("out.jsonl"))
     monkeypatch.setattr(partial, "_append", append)
     assert not Path("out.jsonl").exists()
     assert_refused(llmtrain("generate", models["biased"], *files), "out.jsonl.partial is what another command")

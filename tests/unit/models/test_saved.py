@@ -104,8 +104,45 @@ def test_new_tokens_of_an_adapter(base: Path, tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path / "adapter")
     tiny.tokenizer(tiny.VOCABULARY + 3).save_pretrained(tmp_path / "adapter")
     ids = torch.tensor([[3, tiny.VOCABULARY + 2, 5]])
-    with torch.no_grad():
-        torch.testing.assert_close(load_saved(str(tmp_path / "adapter")).logits(ids), adapted(input_ids=ids).logits)
+    for given in (None, str(base)):
+        saved = load_saved(str(tmp_path / "adapter"), base=given)
+        with torch.no_grad():
+            torch.testing.assert_close(saved.logits(ids), adapted(input_ids=ids).logits)
+
+
+def test_a_base_of_another_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
+    """Its weights have the same shapes, and so the adapter's fit."""
+    adapter = write_adapter(tmp_path / "adapter", base, "lora")
+    tiny.tokenizer().save_pretrained(adapter)
+    smaller = write_model(tmp_path / "smaller", vocab_size=64)
+    with pytest.raises(InputError, match=r"--base: .*smaller has embeddings of 64 tokens, and the .* has 96"):
+        load_saved(str(adapter), base=str(smaller))
+    larger = write_model(tmp_path / "larger", vocab_size=128)
+    assert load_saved(str(adapter), base=str(larger)).decoder.vocab_size == 128, "rows that no token has"
+    tiny.tokenizer(128).save_pretrained(larger)
+    with pytest.raises(InputError, match=r"larger has 128 tokens, of which 96 is 'w96', and .* 96 is None") as caught:
+        load_saved(str(adapter), base=str(larger))
+    assert "--base" in str(caught.value.remedy) and str(adapter) in str(caught.value)
+    same_size = Path(shutil.copytree(base, tmp_path / "same-size"))
+    tokenizer = same_size / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"w50"', '"word"'))
+    with pytest.raises(InputError, match="of which 50 is 'word', and .* of which 50 is 'w50'"):
+        load_saved(str(adapter), base=str(same_size))
+    shutil.rmtree(smaller)
+    write_model(smaller, vocab_size=64)
+    for file in smaller.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputError, match="embeddings of 64 tokens"):
+        load_saved(str(adapter), base=str(smaller))
+
+
+def test_a_base_without_the_adapters_added_tokens_is_its_own(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base, "lora")
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save_pretrained(adapter)
+    saved = load_saved(str(adapter), base=str(base))
+    assert saved.decoder.get_input_embeddings().weight.shape[0] == tiny.VOCABULARY + 2
 
 
 def test_adapters_on_top_of_adapters(base: Path, tmp_path: Path) -> None:

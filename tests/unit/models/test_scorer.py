@@ -125,6 +125,13 @@ def test_an_adapter_brings_the_head(kind: str, tmp_path: Path) -> None:
         assert scorer.step_scores([(ROWS[1], [2, 16])])[0] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_base_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    adapter_of("outcome", write_model(tmp_path / "base"), tmp_path / "adapter")
+    tiny.tokenizer().save_pretrained(tmp_path / "adapter")
+    other = write_model(tmp_path / "other", vocab_size=64)
+    refused("--base: .*other has embeddings of 64 tokens", str(tmp_path / "adapter"), base=str(other))
+
+
 def test_an_adapter_on_a_merged_one_of_a_language_model(tmp_path: Path) -> None:
     """Fine-tuned by one adapter, and then made to score by another."""
     base = write_model(tmp_path / "base")

@@ -65,6 +65,30 @@ def test_a_full_disk_drops_what_does_not_fit(tmp_path) -> None:
         came_to_its_end(process, tmp_path / "go")
 
 
+def test_what_was_closed_before_leads_nowhere(tmp_path) -> None:
+    """`llmtrain train ... <&- >&- 2>&-`: and what is printed does not go into the next file that is opened."""
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "go")]
+    process = subprocess.Popen(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", *command])
+    came_to_its_end(process, tmp_path / "go")
+
+
+@pytest.mark.parametrize(
+    ("output", "told"), [("> /dev/full", "No space left on device"), ("| true", "None"), (">&-", "None"), ("", "None")]
+)
+def test_why_something_could_not_be_written(output: str, told: str) -> None:
+    program = """
+import sys, time
+from llmtrain.observe.streams import outliving_the_console
+with outliving_the_console() as unwritten:
+    time.sleep(0.2)
+    print("something")
+    error = unwritten()
+    sys.stderr.write(str(error and error.strerror))
+"""
+    command = ["sh", "-c", f'"$@" {output}', "sh", sys.executable, "-c", program]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == told
+
+
 def test_what_is_written_arrives(tmp_path) -> None:
     (tmp_path / "go").touch()
     done = subprocess.run(

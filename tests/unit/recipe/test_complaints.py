@@ -158,6 +158,11 @@ CASES = [
         "name: ../up",
         "1: name: may hold letters, digits, '.', '_' and '-' and begins with a letter or digit, given the text '../up'",
     ),
+    (
+        "{kind: causal_lm}",
+        "{kind: process_reward, separator: ''}",
+        "13: algorithm.separator: must have at least 1 character, given 0",
+    ),
     ("name: minimal", f"name: {'a' * 300}", "1: name: must have at most 255 characters, given 300"),
     ("steps: 100", "steps: 10000000000000", "3: steps: must be at most 1e+12, given 10000000000000"),
     (

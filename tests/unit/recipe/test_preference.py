@@ -74,18 +74,44 @@ def test_models_that_score_write_no_samples(kind: str) -> None:
         recipe({"kind": kind}, samples={"prompts": ["a"], "every": 10})
 
 
-@pytest.mark.parametrize("kind", ["reward_model", "dpo", "orpo", "simpo"])
+FLASH = {"model": {"kind": "pretrained", "path": "model", "attention": "flash_attention_2"}}
+LEARNT = {"adapter": {"kind": "prompt_tuning"}, "optimizer": {"lr": 1e-3}}
+
+
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("kind", "overrides", "message"),
     [
-        ({"model": {"kind": "pretrained", "path": "model", "attention": "flash_attention_2"}}, "takes no mask"),
-        ({"adapter": {"kind": "prompt_tuning"}, "optimizer": {"lr": 1e-3}}, "goes before each document"),
+        *((kind, FLASH, "takes no mask") for kind in ("reward_model", "dpo", "orpo", "simpo")),
+        *((kind, LEARNT, "goes before each document") for kind in ("dpo", "orpo", "simpo")),
     ],
 )
 def test_prompts_that_cannot_be_shared(kind: str, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         recipe({"kind": kind}, **overrides)
     assert not recipe({"kind": kind, "share_prompts": False}, **overrides).shares_prompts
+
+
+@pytest.mark.parametrize("kind", ["reward_model", "process_reward"])
+@pytest.mark.parametrize("adapter", ["prompt_tuning", "prefix_tuning", "p_tuning"])
+def test_learnt_prompts_have_no_head_that_scores(kind: str, adapter: str) -> None:
+    """Said at once, and not after what else they would need: a learning rate, no packing, no shared prompts."""
+    with pytest.raises(ValidationError, match=f"{kind} trains a head that scores, too; use adapter lora or ia3"):
+        recipe({"kind": kind}, adapter={"kind": adapter})
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("reward_model", "centering"),
+        *((kind, "beta") for kind in ("dpo", "kto", "orpo", "simpo")),
+        *(("kto", f"{label}_weight") for label in ("desirable", "undesirable")),
+        ("simpo", "gamma"),
+    ],
+)
+def test_numbers_that_float32_cannot_reckon_with(kind: str, key: str) -> None:
+    with pytest.raises(ValidationError, match="less than or equal to 1000000"):
+        recipe({"kind": kind, key: 1e300})
+    recipe({"kind": kind, key: 100.0})
 
 
 def test_label_smoothing_is_for_the_sigmoid_loss() -> None:

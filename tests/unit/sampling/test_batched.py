@@ -10,6 +10,7 @@ import torch
 from llmtrain.models.saved import Saved, load_saved
 from llmtrain.sampling.batched import Completion, Request, Sampling, TextGenerator, decode_after, draw
 from llmtrain.sampling.prompts import end_ids
+from tests import tiny
 from tests.saved import ADAPTERS, write_adapter, write_model
 
 
@@ -65,6 +66,50 @@ def test_a_row_draws_the_same_in_any_company(saved: Saved) -> None:
     assert together == in_parts == backwards
     assert len({completion.ids for completion in together}) == len(requests)
     assert answers(saved, requests, Sampling(max_new_tokens=10, temperature=1.0, seed=4)) != together
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mistral": tiny.LLAMA | {"sliding_window": 6},  # shorter than most prompts
+    "mamba2": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_heads": 8,
+        "head_dim": 8,
+        "state_size": 8,
+        "n_groups": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_prompt_is_read_once_for_all_of_its_answers(tmp_path: Path, architecture: str) -> None:
+    """Where a model has keys and values of it; the answers are those of rows alone, which share nothing."""
+    model = tiny.decoder(architecture, **ARCHITECTURES[architecture], initializer_range=0.3).hf
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    saved = load_saved(str(tmp_path))
+    positions: list[int] = []
+    saved.decoder.register_forward_pre_hook(
+        lambda module, args, given: positions.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    asked = prompts(3)
+    requests = [Request(ids, row, sample) for row, ids in enumerate(asked) for sample in range(4)]
+    sampling = Sampling(max_new_tokens=8, temperature=1.0, seed=2)
+    together = answers(saved, requests, sampling, (), batch_tokens=10_000)
+    width = max(map(len, asked))
+    shared = 3 * (width - 1) + 8 * len(requests)
+    assert sum(positions) == (shared if architecture != "mamba2" else width * len(requests) + 7 * len(requests))
+    assert together == answers(saved, requests, sampling, (), batch_tokens=1)
+    assert len({completion.ids for completion in together}) == len(requests)
+
+
+def test_a_prompt_of_one_token_has_nothing_to_share(saved: Saved) -> None:
+    requests = [Request(ids, row, sample) for row, ids in enumerate([[7], [8, 9, 10]]) for sample in range(3)]
+    sampling = Sampling(max_new_tokens=6, temperature=1.0)
+    assert answers(saved, requests, sampling) == answers(saved, requests, sampling, batch_tokens=1)
 
 
 def test_batches_are_filled_by_how_long_answers_get(base: Path) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmtrain.sampling import partial
-from tests.saved import CommandLine, assert_refused, write_adapter, write_model
+from tests.saved import INTERRUPTIONS, CommandLine, assert_refused, interrupt, kept_in, write_adapter, write_model
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,10 @@ def test_rows_and_their_completions(llmtrain: CommandLine, model: Path) -> None:
     assert read_rows() == rows
 
 
-def test_an_interrupted_command_goes_on(llmtrain: CommandLine, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "code"), INTERRUPTIONS)
+def test_an_interrupted_command_goes_on(
+    llmtrain: CommandLine, model: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
     write_rows(*ROWS)
     assert llmtrain("generate", model, *FILES).code == 0
     whole = Path("out.jsonl").read_text()
@@ -64,13 +68,13 @@ def test_an_interrupted_command_goes_on(llmtrain: CommandLine, model: Path, monk
         if len(entries) == 3:
             file.write('{"unit": [2], "comple')  # what the kill cut off
             file.flush()
-            raise KeyboardInterrupt
+            interrupt(number)
         entries.append(entry)
         append(file, entry)
 
     monkeypatch.setattr(partial, "_append", killed)
     done = llmtrain("generate", model, *FILES)
-    assert (done.code, done.err.splitlines()[-1]) == (130, "interrupted; the same command goes on from there")
+    assert (done.code, done.err.splitlines()[-1]) == (code, kept_in("out.jsonl"))
     monkeypatch.setattr(partial, "_append", append)
     assert not Path("out.jsonl").exists()
     assert_refused(llmtrain("generate", model, *FILES, "--seed", 1), "out.jsonl.partial is what another command")
@@ -138,12 +142,59 @@ def test_files_that_are_wrong(llmtrain: CommandLine, model: Path) -> None:
     assert_refused(llmtrain("generate", model, *FILES[:3], "new.jsonl"), "in.jsonl:1: not UTF-8")
 
 
+def test_an_output_that_cannot_be_made_is_refused_before_anything_is_done(llmtrain: CommandLine, model: Path) -> None:
+    write_rows(*ROWS)
+    name = "n" * 250  # and a little more while it is written
+    refused = llmtrain("generate", "nothing", *FILES[:3], name)
+    assert_refused(refused, f"--output: {name} cannot be made: File name too long")
+    if os.path.isdir("/proc/self"):  # a disk that takes no files, whoever asks
+        assert_refused(llmtrain("generate", "nothing", *FILES[:3], "/proc/self/out"), "--output: /proc/self/out cannot")
+
+
+@pytest.mark.parametrize("content", ["[1]\nnot ours", "", '{"input_sha256": "of', "{}\n", "not ours"])
+def test_a_partial_file_of_others_is_left_as_it_is(llmtrain: CommandLine, model: Path, content: str) -> None:
+    """What ends within its first line may be ours, if it begins as that would."""
+    write_rows(*ROWS)
+    kept = Path("out.jsonl.partial")
+    kept.write_text(content)
+    done = llmtrain("generate", model, *FILES)
+    if content:
+        assert_refused(done, "out.jsonl.partial is what another command")
+        assert kept.read_text() == content
+    else:
+        assert done.code == 0 and not kept.exists()
+
+
+def test_a_header_that_was_cut_off_is_written_again(
+    llmtrain: CommandLine, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(*ROWS)
+    append = partial._append
+
+    def killed(file: Any, entry: Any) -> None:
+        file.write(json.dumps(entry)[:50])
+        file.flush()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(partial, "_append", killed)
+    assert llmtrain("generate", model, *FILES).code == 130
+    monkeypatch.setattr(partial, "_append", append)
+    assert llmtrain("generate", model, *FILES).code == 0 and len(read_rows()) == len(ROWS)
+
+
+def test_an_input_that_would_be_written_over_is_refused(llmtrain: CommandLine, model: Path) -> None:
+    write_rows(*ROWS, file="out.jsonl.partial")
+    done = llmtrain("generate", model, "--input", "./out.jsonl.partial", "--output", "out.jsonl")
+    assert_refused(done, "--output: out.jsonl.partial is read", "name another output")
+    assert len(read_rows("out.jsonl.partial")) == len(ROWS)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, as Linux has it")
 def test_a_full_disk(llmtrain: CommandLine, model: Path) -> None:
     write_rows(*ROWS)
     Path("out.jsonl.partial").symlink_to("/dev/full")
     done = llmtrain("generate", model, *FILES)
-    assert_refused(done, "out.jsonl cannot be written: No space left on device", code=1)
+    assert_refused(done, "out.jsonl.partial cannot be written: No space left on device", code=1)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,20 @@ def test_an_answer_depends_on_its_prompt_and_seed_alone(decoder: Decoder) -> Non
     assert all(a != b for a, b in zip(written(decoder, seeds=[seed + 1 for seed in range(5)]), together, strict=True))
 
 
+def test_a_prompt_is_read_once_for_all_of_its_answers(decoder: Decoder) -> None:
+    positions: list[int] = []
+    embedding = decoder.hf.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda module, args: positions.append(args[0].numel()))
+    prompts, seeds = [PROMPTS[place] for place in (0, 3, 0, 3, 3)], list(range(5))
+    together = written(decoder, prompts, seeds=seeds, end_ids=[])
+    hook.remove()
+    assert positions == [2 * 8, *[5] * 11]
+    assert together == [
+        written(decoder, [prompt], seeds=[seed], end_ids=[])[0] for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    assert len({tuple(answer) for answer in together}) == 5
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_it_ends_at_the_longest_length(cached: bool, decoder: Decoder) -> None:
     whole = written(decoder)

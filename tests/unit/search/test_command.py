@@ -1,6 +1,8 @@
 """`llmtrain search`, as a user runs it, on tiny models."""
 
 import json
+import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ import pytest
 from llmtrain.models.diffusion import Diffusion, save_diffusion
 from llmtrain.models.reward import Reward
 from llmtrain.models.scorer import load_scorer
+from llmtrain.search import curve
 from llmtrain.search.driver import ModelDriver
 from llmtrain.search.paths import Branch
 from tests import scorers, tiny
-from tests.saved import CommandLine, Done, assert_refused, write_model
+from tests.saved import INTERRUPTIONS, CommandLine, Done, assert_refused, interrupt, kept_in, write_model
 
 SEPARATOR = " w9"
 CHAT_TEMPLATE = (  # with a word that the policy does not have
@@ -92,7 +95,7 @@ def test_all_methods(llmtrain: CommandLine, chat: bool) -> None:
     assert figures["vote", 4][3] == 0 < figures["best-of-n", 4][3]
 
     out = json.loads(Path("out.json").read_text())
-    assert out["complete"] is True and out["scorer"]["kind"] == "process" and out["scorer"]["aggregate"] == "product"
+    assert out["scorer"]["kind"] == "process" and out["scorer"]["aggregate"] == "product"
     points = {(point["method"], point["budget"]): point for point in out["points"]}
     for key, row in figures.items():
         assert points[key]["accuracy"]["value"] == pytest.approx(row[0], abs=1e-3)
@@ -158,25 +161,85 @@ def test_answers_are_judged_by_the_reward_models_own_tokens(llmtrain: CommandLin
             assert sample["score"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_an_interruption_tells_what_was_finished(llmtrain: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_those_of_eval(llmtrain: CommandLine) -> None:
+    write_task(samples=3, temperature=1.0)
+    assert llmtrain("eval", "policy", "task.yaml", "--samples", "said.jsonl").code == 0
+    table(llmtrain("search", "policy", "task.yaml", "--budgets", 3, "--samples", "rows.out"))
+    said, rows = (
+        [json.loads(line) for line in Path(file).read_text().splitlines()] for file in ("said.jsonl", "rows.out")
+    )
+    assert [row["samples"] for row in rows] == [row["completions"] for row in said]
+
+
+@pytest.mark.parametrize(("number", "code"), INTERRUPTIONS)
+def test_an_interrupted_command_goes_on(
+    llmtrain: CommandLine, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
     write_task()
-    extend = ModelDriver.extend
+    command = ("search", "policy", "task.yaml", "--scorer", "process", "--methods", "vote,beam", "--budgets", "1,4")
+    whole = llmtrain(*command, *FILES)
+    before = [Path(file).read_text() for file in FILES[1::2]]
+    for file in FILES[1::2]:
+        Path(file).unlink()
+    extend, asked = ModelDriver.extend, list[int]()
 
     def interrupted(self: ModelDriver, branches: Sequence[Branch]) -> Any:
+        asked.append(len(branches))
         if len(branches) == 6 * 4:
-            raise KeyboardInterrupt
+            interrupt(number)
         return extend(self, branches)
 
     monkeypatch.setattr(ModelDriver, "extend", interrupted)
-    methods = ("--methods", "vote,beam", "--budgets", "1,4", *FILES)
-    done = llmtrain("search", "policy", "task.yaml", "--scorer", "process", *methods)
-    assert done.code == 130
-    assert "interrupted; 4 of 5 figures were finished" in done.err
-    assert [line.split("\t")[:2] for line in done.out.splitlines()[1:]] == [
-        ["greedy", "1"], ["vote", "1"], ["vote", "4"], ["beam", "1"],
-    ]  # fmt: skip
-    out = json.loads(Path("out.json").read_text())
-    assert out["complete"] is False and len(out["points"]) == 4
+    done = llmtrain(*command)
+    told = ["4 of 5 figures were finished", "interrupted; nothing is kept: with --output the same command would go on"]
+    assert (done.code, done.err.splitlines()[-2:]) == (code, told)
+    done = llmtrain(*command, *FILES)
+    assert (done.code, done.err.splitlines()[-1]) == (code, kept_in("out.json"))
+    assert done.out.splitlines() == whole.out.splitlines()[:-1]
+    assert not any(Path(file).exists() for file in FILES[1::2])
+    monkeypatch.setattr(ModelDriver, "extend", extend)
+    for other in (("--seed", 1), ("--width", 3), ("--limit", 5), ("--aggregate", "min")):
+        assert_refused(llmtrain(*command, *FILES, *other), "out.json.partial is what another command")
+    asked.clear()
+    kept = len(Path("out.json.partial").read_text().splitlines())
+    assert kept == 1 + 6 + 6 + 1, "header, greedy answers, samples, beam with a budget of 1"
+    done = llmtrain(*command, *FILES)
+    assert (done.code, done.out) == (0, whole.out)
+    after = [Path(file).read_text() for file in FILES[1::2]]
+    assert after[1:] == before[1:]
+    assert json.loads(after[0]) | {"seconds": 0} == json.loads(before[0]) | {"seconds": 0}
+    assert not Path("out.json.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("methods", "places"),
+    [("best-of-n", ["4 samples each"]), ("beam,mcts", ["beam, budget 4", "mcts, budget 4"])],
+)
+def test_what_could_not_be_judged_is_told_of_every_method(
+    llmtrain: CommandLine, caplog: pytest.LogCaptureFixture, methods: str, places: list[str]
+) -> None:
+    write_task(name="words")
+    write_scorer(Path("short"), "process", max_position_embeddings=9)
+    table(llmtrain("search", "policy", "task.yaml", "--scorer", "short", "--methods", methods, "--budgets", 4))
+    told = re.findall(r"words, (.*): (\d+) answers get the worst score.* window of 9 tokens", caplog.text)
+    assert [what for what, _ in told] == places
+    assert all(int(num) > 6 for _, num in told), "more than one of each question"
+
+
+def test_nothing_is_overwritten(llmtrain: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what came to be there while the methods ran."""
+    write_task()
+    show = curve.show
+
+    def meanwhile(points: Any) -> None:
+        show(points)
+        Path("out.json").write_text("another's")
+
+    monkeypatch.setattr(curve, "show", meanwhile)
+    done = llmtrain("search", "policy", "task.yaml", "--budgets", 2, *FILES)
+    assert_refused(done, "out.json was made by another", "what was written is in out-1.json", code=1)
+    assert Path("out.json").read_text() == "another's" and json.loads(Path("out-1.json").read_text())["points"]
+    assert all(Path(file).exists() for file in ("rows.out", "curve.svg"))
 
 
 # --------------------------------------------------------------------------------------- errors
@@ -189,18 +252,29 @@ def test_an_interruption_tells_what_was_finished(llmtrain: CommandLine, monkeypa
         (("--methods", "vote,mcts"), ("--methods: mcts needs a process reward model", "none is given", "--scorer")),
         (("--methods", "best-of-n"), ("--methods: best-of-n needs a reward model", "--methods vote")),
         (("--scorer", "outcome", "--methods", "beam"), ("--scorer: beam needs a process", "judges whole answers")),
-        (("--scorer", "outcome", "--aggregate", "min"), ("min of the steps, and this reward model judges whole",)),
+        (("--scorer", "outcome", "--aggregate", "min"), ("--aggregate: min of the steps, and this reward model",)),
         (("--scorer", "policy"), ("--scorer: ", "gives no score")),
         (("--scorer", "nothing"), ("--scorer: no such directory: nothing",)),
         (("--aggregate", "min"), ("--aggregate: is for a reward model, and none is given",)),
         (("--scorer-base", "policy"), ("--scorer-base: is for a reward model",)),
         (("--budgets", "4,0"), ("--budgets: 4,0, and it takes positive numbers",)),
+        (
+            ("--budgets", "4,100000000000"),
+            ("--budgets: 100000000000 answers to each question, and 10000 are the most",),
+        ),
         (("--budgets", "4,x"), ("--budgets is '4,x', and takes whole numbers",)),
         (("--temperature", "0"), ("--temperature: 0: the samples of a greedy model are all the same",)),
         (("--picture", "curve.jpeg"), ("--picture: .jpeg is no picture", ".svg, .png or .pdf")),
         (("--output", "there"), ("--output: there exists",)),
         (("--output", "no/out.json"), ("--output: no such directory: no",)),
         (("--output", "a", "--samples", "a"), ("a is that of",)),
+        (("--output", "a", "--samples", "a.partial"), ("--samples: a.partial is where --output is begun",)),
+        (("--output", "a", "--picture", "./b/../a.partial"), ("--picture: b/../a.partial is where --output is begun",)),
+        (
+            ("--output", "curve", "--picture", "curve.partial.svg", "--samples", "n" * 250),
+            ("--samples", "cannot be made"),
+        ),
+        (("--output", "rows.jsonl"), ("--output: rows.jsonl exists",)),
     ],
 )
 def test_bad_input(llmtrain: CommandLine, arguments: tuple[str, ...], texts: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from llmtrain.evaluation.asking import Asked
 from llmtrain.models.saved import Saved, load_saved
-from llmtrain.sampling.batched import Completion, Request, Sampling, TextGenerator, decode_after
+from llmtrain.sampling.batched import Sampling, decode_after
 from llmtrain.search.driver import ModelDriver, Policy
 from llmtrain.search.paths import Branch, Path
 from llmtrain.search.scoring import Grader
@@ -40,20 +40,6 @@ def grown(driver: ModelDriver, levels: int, num: int = 3) -> list[list[Path]]:
     for depth in range(levels):
         all_levels.append(driver.extend(branches(all_levels[-1], num, depth)))
     return all_levels[1:]
-
-
-def test_whole_answers_are_those_of_the_rollout_engine(saved: Saved) -> None:
-    found: dict[int, Completion] = {}
-    driver = make_driver(saved)
-    paths = driver.sample(4)
-    generator = TextGenerator(saved, [1], SAMPLING)
-    requests = [Request(asked.ids, row, sample) for row, asked in enumerate(QUESTIONS) for sample in range(4)]
-    generator.generate(requests, found.__setitem__)
-    flat = [path for own in paths for path in own]
-    assert [(path.ids, path.text, path.finish) for path in flat] == [
-        (found[index].ids, found[index].text, found[index].finish) for index in range(len(requests))
-    ]
-    assert [spent.generated for spent in driver.spent] == [sum(len(path.ids) for path in own) for own in paths]
 
 
 def test_steps_end_at_separators_and_go_on_from_their_tokens(saved: Saved) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from llmtrain.recipe.schema import JSONLSource
 from llmtrain.sampling import partial
 from llmtrain.sampling.batched import Completion, Request, Sampling, TextGenerator
 from llmtrain.sampling.prompts import encode_begun, encode_messages, encode_text, end_ids
-from tests.saved import CommandLine, Done, assert_refused, write_model
+from tests.saved import INTERRUPTIONS, CommandLine, Done, assert_refused, interrupt, kept_in, write_model
 
 SEPARATOR = " w9 "
 
@@ -152,10 +153,16 @@ def test_the_models_own_solutions(llmtrain: CommandLine) -> None:
     assert {(row["question"], SEPARATOR.join(row["completions"])): row["correct"] for row in rows} == said
 
 
-@pytest.mark.parametrize("source", [("--num", 6), ("--input", "in.jsonl")])
+@pytest.mark.parametrize(
+    ("source", "interruption"), [(("--num", 6), INTERRUPTIONS[0]), (("--input", "in.jsonl"), INTERRUPTIONS[1])]
+)
 def test_an_interrupted_command_goes_on(
-    llmtrain: CommandLine, monkeypatch: pytest.MonkeyPatch, source: tuple[Any, ...]
+    llmtrain: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    source: tuple[Any, ...],
+    interruption: tuple[signal.Signals, int],
 ) -> None:
+    number, code = interruption
     write_task()
     write_solutions(*given(False))
     command = (*COMMAND, *source, "--all-steps", "--rollouts", 3)
@@ -166,13 +173,13 @@ def test_an_interrupted_command_goes_on(
 
     def killed(file: Any, entry: Any) -> None:
         if len(entries) == 3:
-            raise KeyboardInterrupt
+            interrupt(number)
         entries.append(entry)
         append(file, entry)
 
     monkeypatch.setattr(partial, "_append", killed)
     done = llmtrain(*command)
-    assert (done.code, done.err.splitlines()[-1]) == (130, "interrupted; the same command goes on from there")
+    assert (done.code, done.err.splitlines()[-1]) == (code, kept_in("steps.jsonl"))
     assert not Path("steps.jsonl").exists()
     monkeypatch.setattr(partial, "_append", append)
     assert_refused(llmtrain(*command[:-1], 4), "steps.jsonl.partial is what another command")

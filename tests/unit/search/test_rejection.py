@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,16 @@ from llmtrain.search.rejection import Sample, select
 from llmtrain.search.scoring import score_answers
 from tests import scorers, tiny
 from tests.chats import sft_recipe, write_chat_model
-from tests.saved import CHAT_TEMPLATE, CommandLine, Done, assert_refused, write_model
+from tests.saved import (
+    CHAT_TEMPLATE,
+    INTERRUPTIONS,
+    CommandLine,
+    Done,
+    assert_refused,
+    interrupt,
+    kept_in,
+    write_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +208,10 @@ def test_selection_by_score() -> None:
     assert [one.number for one in select(samples, 9, False)[0]] == [1, 5, 0, 3]
 
 
-def test_an_interrupted_command_goes_on(llmtrain: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "code"), INTERRUPTIONS)
+def test_an_interrupted_command_goes_on(
+    llmtrain: CommandLine, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
     write_task()
     assert llmtrain(*COMMAND).code == 0
     whole = Path("kept.jsonl").read_text()
@@ -209,13 +222,13 @@ def test_an_interrupted_command_goes_on(llmtrain: CommandLine, monkeypatch: pyte
         if len(entries) == 3:
             file.write('{"unit": [5], "comp')
             file.flush()
-            raise KeyboardInterrupt
+            interrupt(number)
         entries.append(entry)
         append(file, entry)
 
     monkeypatch.setattr(partial, "_append", killed)
     done = llmtrain(*COMMAND)
-    assert (done.code, done.err.splitlines()[-1]) == (130, "interrupted; the same command goes on from there")
+    assert (done.code, done.err.splitlines()[-1]) == (code, kept_in("kept.jsonl"))
     assert not Path("kept.jsonl").exists()
     monkeypatch.setattr(partial, "_append", append)
     for other in (("--seed", 1), ("--num", 9), ("--limit", 5), ("--max-new-tokens", 20)):
@@ -236,6 +249,57 @@ def test_when_nothing_is_right_the_answers_are_not_lost(llmtrain: CommandLine) -
     assert "0 questions answered, 0 tokens" in done.out and len(read("kept.jsonl")) == 1
 
 
+def test_when_all_are_cut_off_longer_answers_are_the_way(llmtrain: CommandLine) -> None:
+    write_task(max_new_tokens=1)
+    done = llmtrain(*COMMAND)
+    assert_refused(
+        done, "none of 48 answers is kept", "remove kept.jsonl.partial, and let answers be longer by --max-new"
+    )
+    assert "48 were cut off" in done.err and "--num" not in done.err
+    Path("kept.jsonl.partial").unlink()
+    assert llmtrain(*COMMAND, "--max-new-tokens", 40).code == 0
+
+
+def test_data_that_would_be_written_over_are_refused(llmtrain: CommandLine) -> None:
+    write_task(data="kept.jsonl.partial")
+    rows = Path("kept.jsonl.partial")
+    Path("rows.jsonl").rename(rows)
+    before = rows.read_bytes()
+    for command in ("rejection-sample", "label-steps", "search"):
+        done = llmtrain(command, "policy", "task.yaml", "--output", "kept.jsonl")
+        assert_refused(done, "--output: kept.jsonl.partial is read", "name another output")
+    assert rows.read_bytes() == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, as Linux has it")
+def test_pairs_that_cannot_be_written_cost_nothing(llmtrain: CommandLine) -> None:
+    """Neither appears before both are whole, so that the same command can be given again."""
+    write_task()
+    Path(".writing-pairs.jsonl").symlink_to("/dev/full")
+    with_pairs = (*COMMAND, "--pairs", "pairs.jsonl")
+    assert_refused(llmtrain(*with_pairs), "cannot be written: No space left", "the same command goes on", code=1)
+    assert not Path("kept.jsonl").exists()
+    done = llmtrain(*with_pairs)
+    assert done.code == 0 and "0 questions answered, 0 tokens" in done.out
+    assert Path("kept.jsonl").exists() and Path("pairs.jsonl").exists()
+
+
+def test_what_came_to_an_outputs_name_meanwhile_is_not_overwritten(
+    llmtrain: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_task()
+    append = partial._append
+
+    def meanwhile(file: Any, entry: Any) -> None:
+        append(file, entry)
+        Path("kept.jsonl").write_text("another's")
+
+    monkeypatch.setattr(partial, "_append", meanwhile)
+    done = llmtrain(*COMMAND)
+    assert_refused(done, "kept.jsonl was made by another", "what was written is in kept-1.jsonl", code=1)
+    assert Path("kept.jsonl").read_text() == "another's" and read("kept-1.jsonl")
+
+
 def test_answers_of_a_model_that_was_trained_again_are_not_taken_for_its_own(
     llmtrain: CommandLine, models: Path, tmp_path: Path
 ) -> None:
@@ -243,8 +307,12 @@ def test_answers_of_a_model_that_was_trained_again_are_not_taken_for_its_own(
     Path("policy").unlink()
     shutil.copytree(models / "policy", "policy")
     assert_refused(llmtrain(*COMMAND), "none of 8 answers is kept")
+    weights = Path("policy/model.safetensors")
+    shutil.copy2(weights, "same")
+    os.replace("same", weights)  # of the same size and time
+    assert_refused(llmtrain(*COMMAND, "--no-rule"), "kept.jsonl.partial is what another command", "model")
     shutil.copytree(models / "policy", "policy", dirs_exist_ok=True)
-    Path("policy/model.safetensors").write_bytes((models / "policy/model.safetensors").read_bytes())
+    weights.write_bytes((models / "policy/model.safetensors").read_bytes())
     assert_refused(llmtrain(*COMMAND, "--no-rule"), "kept.jsonl.partial is what another command", "model")
 
 
@@ -266,7 +334,12 @@ def test_what_is_refused(llmtrain: CommandLine) -> None:
         assert_refused(llmtrain(*COMMAND, "--pairs", name), "is that of --pairs, too")
     assert_refused(llmtrain(*COMMAND, "--scorer", "nowhere"), "--scorer: no such directory: nowhere")
     assert_refused(llmtrain(*COMMAND, "--scorer", "policy"), "--scorer: policy is", "which gives no score")
-    assert_refused(llmtrain(*COMMAND, "--scorer", "scorer", "--aggregate", "min"), "--scorer: min of the steps")
+    assert_refused(llmtrain(*COMMAND, "--scorer", "scorer", "--aggregate", "min"), "--aggregate: min of the steps")
+    for score in ("nan", "inf"):
+        refused = llmtrain(*COMMAND, "--scorer", "scorer", "--min-score", score)
+        assert_refused(refused, f"--min-score: {score} is no score to reach")
+    for name in ("kept.jsonl.partial", "../" + Path.cwd().name + "/kept.jsonl.partial"):
+        assert_refused(llmtrain(*COMMAND, "--pairs", name), "--pairs: ", "is where --output is begun")
     Path("lm.yaml").write_text("kind: perplexity\ndata: [{kind: text, paths: [x.txt]}]\n")
     refused = llmtrain("rejection-sample", "policy", "lm.yaml", "--output", "kept.jsonl")
     assert_refused(refused, "kind perplexity has no questions", "exact_match or math")

@@ -58,8 +58,13 @@ def test_an_answer_that_cannot_be_read_gets_the_worst_score(caplog: pytest.LogCa
     told: list[int] = []
     with caplog.at_level(logging.WARNING):
         scores, lengths = outcome.score([("w3", words), ("w3", " w5"), ("w3", words)], told.append)
+        outcome.score([("w3", words)])
+        assert not caplog.text, "a search has answers judged in many parts"
+        outcome.tell_unread("beam")
+        outcome.tell_unread("mcts")
     assert scores == [-math.inf, 0.5, -math.inf] and lengths == [0, 4, 0] and sum(told) == 3
-    assert "2 answers get the worst score" in caplog.text and "answer 1" in caplog.text and "8 tokens" in caplog.text
+    assert "beam: 3 answers get the worst score" in caplog.text and "window of 8 tokens" in caplog.text
+    assert "mcts" not in caplog.text
     process = Grader(HandScorer(tiny.tokenizer(), lambda ids: 0.5, "process", " w90", window=8))
     assert process.score([("w3", words), ("w3", " w5")])[0] == [0.0, 0.5]
 

@@ -118,8 +118,6 @@ def test_an_adapter_of_a_language_model_below(base: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        (KINDS["prompt_tuning"], "prompt_tuning saves no other module with it"),
-        (KINDS["prefix_tuning"], "prefix_tuning saves no other module with it"),
         (KINDS["TRAINABLE_TOKENS"], "TRAINABLE_TOKENS saves no other module with it"),
         (LORA | {"modules_to_save": ["lm_head"]}, "no module 'lm_head'"),
     ],
