@@ -76,7 +76,7 @@ def check_file(path: Path, where: str = "--output") -> None:
         raise InputError(f"no such directory: {path.parent}", where=where, remedy="make it first")
     if os.path.isdir(path):
         raise InputError(f"{path} is a directory", where=where, remedy="name a file")
-    tried = path.with_name(f".checking-{path.name}")  # no shorter than the names that stand for it while it is written
+    tried = _aside(path)
     try:
         tried.touch()
         tried.unlink(missing_ok=True)
@@ -98,33 +98,42 @@ def new_files(paths: Sequence[Path], remedy: str = "make room, or name other fil
             was written stands beside it.
     """
     asides = [_aside(path) for path in paths]
-    moved: list[str] = []
+    places: list[Path] = []
+    whole = False
     try:
         yield asides
         for aside in asides:
             fsync_path(aside)
-        for aside, path in zip(asides, paths, strict=True):
-            place = _put(aside, path)
-            if place != path:
-                moved.append(f"{path} was made by another while this worked; what was written is in {place}")
+        for path in paths:
+            places.append(_taken(path))
+        for aside, place in zip(asides, places, strict=True):
+            aside.replace(place)
+        whole = True
     except OSError as error:
         names = ", ".join(map(str, paths))
         raise TrainingError(f"{names} cannot be written: {error.strerror}\n  remedy: {remedy}") from None
     finally:
-        for aside in asides:
-            aside.unlink(missing_ok=True)
+        for name in asides if whole else [*asides, *places]:
+            name.unlink(missing_ok=True)
+    moved = [
+        f"{path} was made by another while this worked; what was written is in {place}"
+        for path, place in zip(paths, places, strict=True)
+        if place != path
+    ]
     if moved:
         raise TrainingError("\n".join([*moved, "  remedy: take it from there; two commands wrote to one name"]))
 
 
-def _put(aside: Path, path: Path) -> Path:
-    """Gives a file its name, or one like it where that is taken; returns which."""
+def _taken(path: Path) -> Path:
+    """The name, or one like it where that is taken, with an empty file that makes it ours.
+
+    Without it, what another makes there meanwhile would be lost in a rename.
+    """
     for place in itertools.chain([path], (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))):
         try:
-            place.open("x").close()  # makes the name this file's: what stood there would be lost in a rename
+            place.open("x").close()
         except FileExistsError:
             continue
-        aside.replace(place)
         return place
     raise AssertionError("numbers do not end")
 
@@ -149,7 +158,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".writing-{path.name}")
+    """What stands for a file until it is whole; of this process alone, since another may write to the same name."""
+    return path.with_name(f".writing-{os.getpid()}-{path.name}")
 
 
 def fsync_path(path: Path) -> None:

@@ -177,7 +177,9 @@ def _check(directory: Path, recipe: Recipe) -> None:
         old = load_recipe(directory / RESOLVED).recipe
     except InputError as error:
         raise InputError(
-            f"the recipe of the run that is there cannot be read: {error}", where=str(directory), remedy=another
+            f"the recipe of the run that is there cannot be read: {error}",
+            where=str(directory),
+            remedy=f"correct it in {RESOLVED}, {another}",
         ) from None
     differences = identity_differences(identity(old), identity(recipe))
     if differences:

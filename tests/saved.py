@@ -105,4 +105,4 @@ def interrupt(number: signal.Signals) -> None:
 
 def kept_in(output: str) -> str:
     """What an interrupted command says in the end."""
-    return f"interrupted; what is done is kept in {output}.partial, and the same command goes on from there"
+    return f"interrupted; what is done is in {output}.partial, from where the command that began it goes on"

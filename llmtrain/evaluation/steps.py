@@ -22,6 +22,7 @@ from llmtrain.evaluation.figures import Figure, Measured, auc, mean, ratio
 from llmtrain.evaluation.judging import Judge, Judgement, check_fit, judged, task_examples
 from llmtrain.evaluation.tasks import LoadedTask, Steps
 from llmtrain.models.scorer import Scorer
+from llmtrain.models.steps import one_step
 
 _RIGHT = 0.5  # the probability from which on a step, or an answer, is taken for right
 
@@ -39,23 +40,45 @@ def measure(loaded: LoadedTask, task: Steps, scorer: Scorer, limit: int | None, 
             remedy="use kind: pairs, or a model trained by algorithm process_reward",
         )
     judge = Judge(scorer, task.aggregate, batch_tokens)
-    examples = [
+    every = [
         example
         for example in task_examples(loaded, task.data, "stepwise", limit)
         if isinstance(example, Stepwise)  # all are, which the type does not say
     ]
+    rows = [number for number, example in enumerate(every) if _is_cut_alike(example, scorer)]
+    if not rows:
+        raise InputError(
+            f"each of its {len(every)} rows has a step that the model's separator {scorer.separator!r} would cut",
+            where=loaded.where("data"),
+            remedy="name data with other steps, or use a model with another separator",
+        )
+    examples = [every[number] for number in rows]
     encoded = [judge.encode_steps(example.prompt, example.completions, example.where) for example in examples]
     check_fit(judge, encoded, [example.where for example in examples])
     judgements = judged(judge, encoded, f"{loaded.name}: answers")
     records = [
-        _record(index, example, judgement)
-        for index, (example, judgement) in enumerate(zip(examples, judgements, strict=True))
+        _record(number, example, judgement)
+        for number, example, judgement in zip(rows, examples, judgements, strict=True)
     ]
     steps = [step for record in records for step in zip(record["step_scores"], record["labels"], strict=True)]
     bins = reliability([probability for probability, _ in steps], [float(label) for _, label in steps])
     figures = _figures(records, str(judge.how))
     figures["ece"] = Figure(expected_error(bins), None, len(records), "of the steps, 10 bins")
-    return Measured(figures, records, {"reliability": [asdict(found) for found in bins]})
+    details: dict[str, Any] = {"reliability": [asdict(found) for found in bins]}
+    left_out = [example.where for number, example in enumerate(every) if number not in set(rows)]
+    if left_out:
+        details["left_out"] = len(left_out)
+        note = (
+            f"{len(left_out)} of {len(every)} rows left out with steps that the separator cuts, the first {left_out[0]}"
+        )
+        figures["step_accuracy"] = figures["step_accuracy"]._replace(note=note)
+    return Measured(figures, records, details)
+
+
+def _is_cut_alike(example: Stepwise, scorer: Scorer) -> bool:
+    """Whether an answer of its steps would be cut into these again: as in training, others are left out."""
+    assert scorer.separator is not None
+    return all(one_step(step, scorer.separator) is not None for step in example.completions)
 
 
 def _record(index: int, example: Stepwise, judgement: Judgement) -> dict[str, Any]:

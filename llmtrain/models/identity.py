@@ -27,8 +27,13 @@ def _files(recipe: Recipe) -> list[Path]:
         case ModelFromPretrained():
             config = cached(str(Path(model.path).expanduser()), "config.json", model.revision)
             if config is not None:  # or it could not have been opened
-                files += [config, *sorted(config.parent.glob("*.safetensors"))]
+                files += [config, *_weights(config.parent)]
     for base in [] if recipe.adapter is None else recipe.adapter.base:
         directory = Path(base).expanduser()
-        files += [directory / ADAPTER_CONFIG, *sorted(directory.rglob("*.safetensors"))]
+        files += [directory / ADAPTER_CONFIG, *_weights(directory)]
     return files
+
+
+def _weights(directory: Path) -> list[Path]:
+    """Of the directory, and of adapters below it: in safetensors, or as torch pickles them."""
+    return sorted(file for pattern in ("*.safetensors", "*.bin") for file in directory.rglob(pattern))

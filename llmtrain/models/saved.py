@@ -160,6 +160,10 @@ def _base_of(adapter: Path, given: str | None) -> str:
     """The base model of an adapter directory: as given, else as its own configuration says."""
     if given is not None:
         base = locate(given, where="--base").path
+        if os.path.isfile(Path(base, ADAPTER_CONFIG)) and not os.path.isfile(Path(base, "config.json")):
+            raise InputError(
+                f"{base} is an adapter, too", where="--base", remedy="give the whole model that both were trained on"
+            )
         check_vocabulary(adapter, base, _rows_of_tokens(_shapes(adapter / ADAPTER_WEIGHTS)), "--base")
         return base
     file = adapter / ADAPTER_CONFIG

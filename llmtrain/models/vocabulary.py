@@ -34,7 +34,10 @@ def check_vocabulary(adapter: Path, base: str, new_rows: int, where: str) -> Non
         raise _other(f"{base} has embeddings of {rows} tokens", adapter, own, where)
     if cached(base, _TOKENIZER, None) is None:
         return
-    theirs = load_tokenizer(base)
+    try:
+        theirs = load_tokenizer(base)
+    except InputError:  # it is not what will be used, and may be none to train with
+        return
     added = own.added_tokens_decoder.keys() | theirs.added_tokens_decoder.keys()
     words, there = _words(own, added), _words(theirs, added)
     for token in sorted(words.keys() | there.keys()):

@@ -19,6 +19,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -121,7 +122,7 @@ class TextGenerator:
         self.sampling = sampling
         self._saved, self._end_ids, self._batch_tokens = saved, frozenset(end_ids), batch_tokens
         self._pad = pad_id(saved.tokenizer)
-        self._shares = saved.virtual is None and _is_plain(DynamicCache(config=saved.decoder.config))
+        self._shares = saved.virtual is None and _caches_plainly(saved.decoder.config)
         # transformers fills what a call leaves open from here: repetition penalties, samplers, a forced first token.
         saved.decoder.generation_config = GenerationConfig(pad_token_id=self._pad)
 
@@ -282,6 +283,14 @@ class TextGenerator:
             return False
         row.text = whole[: min(ends)]
         return True
+
+
+def _caches_plainly(config: PreTrainedConfig) -> bool:
+    """As far as it can be told before a cache is filled."""
+    try:
+        return _is_plain(DynamicCache(config=config))
+    except (AttributeError, ValueError):  # an architecture that has caches of its own only
+        return False
 
 
 def _is_plain(cache: Any) -> bool:

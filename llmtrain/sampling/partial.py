@@ -50,7 +50,7 @@ def outcome(output: Path) -> str:
     """What an interrupted command leaves of its output, and how to go on."""
     partial = partial_of(output)
     if os.path.exists(partial):
-        return f"what is done is kept in {partial}, and the same command goes on from there"
+        return f"what is done is in {partial}, from where the command that began it goes on"
     return "nothing was done yet"
 
 

@@ -119,7 +119,7 @@ def rejection_sample(choice: ModelChoice, file: Path, drawing: Drawing, options:
 def _nothing_kept(samples: Sequence[Sequence[Sample]], options: Options) -> InputError:
     flat = [sample for own in samples for sample in own]
     cut_off = sum(sample.cut_off for sample in flat)
-    ways = [f"let answers be longer by --max-new-tokens, of which {cut_off} were cut off"] if cut_off else []
+    ways = [f"let answers be longer by --max-new-tokens ({cut_off} were cut off)"] if cut_off else []
     if not options.rule or cut_off < len(flat):
         ways += ["draw more by --num", "train the model until it solves some of the questions"]
     partial = partial_of(options.output)

@@ -137,6 +137,26 @@ def test_rows_that_are_wrong(llmtrain: CommandLine, models: dict[str, Path], row
     assert_refused(llmtrain("eval", models["process"], "steps.yaml"), *texts, "remedy")
 
 
+def test_rows_with_a_step_that_would_be_cut_are_left_out_and_counted(
+    llmtrain: CommandLine, models: dict[str, Path]
+) -> None:
+    cut = {"prompt": "w7", "completions": [" w9 w90 w10", " w11"], "labels": [True, False]}
+    write_task()
+    plain, _ = measured(llmtrain("eval", models["process"], "steps.yaml", *FILES))
+    write_task(ROWS[0], cut, *ROWS[1:])
+    done = llmtrain("eval", models["process"], "steps.yaml", *FILES)
+    task, records = measured(done)
+    assert {name: figure["value"] for name, figure in task["figures"].items()} == pytest.approx(
+        {name: figure["value"] for name, figure in plain["figures"].items()}
+    )
+    assert [record["row"] for record in records] == [0, 2, 3, 4]
+    assert (task["left_out"], "left_out" in plain) == (1, False)
+    assert "1 of 5 rows left out with steps that the separator cuts, the first rows.jsonl:2" in done.out
+    write_task(cut)
+    refused = llmtrain("eval", models["process"], "steps.yaml")
+    assert_refused(refused, "steps.yaml:1: data", "each of its 1 rows has a step", "' w90' would cut", "remedy")
+
+
 def test_a_model_of_whole_answers_is_refused(llmtrain: CommandLine, models: dict[str, Path]) -> None:
     write_task()
     done = llmtrain("eval", models["outcome"], "steps.yaml")

@@ -145,6 +145,23 @@ def test_a_base_without_the_adapters_added_tokens_is_its_own(base: Path, tmp_pat
     assert saved.decoder.get_input_embeddings().weight.shape[0] == tiny.VOCABULARY + 2
 
 
+def test_a_base_whose_own_tokenizer_is_none_to_train_with_serves(base: Path, tmp_path: Path) -> None:
+    """It is not used: the adapter's is."""
+    adapter = write_adapter(tmp_path / "adapter", base, "lora")
+    tiny.tokenizer().save_pretrained(adapter)
+    endless = Path(shutil.copytree(base, tmp_path / "endless"))
+    tokenizer = tiny.tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(endless)
+    assert torch.equal(load_saved(str(adapter), base=str(endless)).logits(IDS), load_saved(str(adapter)).logits(IDS))
+
+
+def test_an_adapter_is_no_base(base: Path, tmp_path: Path) -> None:
+    adapters = [str(write_adapter(tmp_path / name, base, "lora")) for name in ("one", "other")]
+    with pytest.raises(InputError, match=r"--base: .*other is an adapter, too\n.*give the whole model"):
+        load_saved(adapters[0], base=adapters[1])
+
+
 def test_adapters_on_top_of_adapters(base: Path, tmp_path: Path) -> None:
     """Those below lie in base-0, base-1, ... of the adapter's directory, and are merged in this order."""
     below = write_adapter(tmp_path / "below", base, "lora")

@@ -272,13 +272,21 @@ def test_data_that_would_be_written_over_are_refused(llmtrain: CommandLine) -> N
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, as Linux has it")
-def test_pairs_that_cannot_be_written_cost_nothing(llmtrain: CommandLine) -> None:
+def test_pairs_that_cannot_be_written_cost_nothing(llmtrain: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither appears before both are whole, so that the same command can be given again."""
     write_task()
-    Path(".writing-pairs.jsonl").symlink_to("/dev/full")
+    append, aside = partial._append, Path(f".writing-{os.getpid()}-pairs.jsonl")
+
+    def meanwhile(file: Any, entry: Any) -> None:
+        append(file, entry)
+        if not aside.is_symlink():
+            aside.symlink_to("/dev/full")
+
     with_pairs = (*COMMAND, "--pairs", "pairs.jsonl")
-    assert_refused(llmtrain(*with_pairs), "cannot be written: No space left", "the same command goes on", code=1)
-    assert not Path("kept.jsonl").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(partial, "_append", meanwhile)
+        assert_refused(llmtrain(*with_pairs), "cannot be written: No space left", "the same command goes on", code=1)
+    assert [path.name for path in Path().glob("*pairs*")] == [] and not Path("kept.jsonl").exists()
     done = llmtrain(*with_pairs)
     assert done.code == 0 and "0 questions answered, 0 tokens" in done.out
     assert Path("kept.jsonl").exists() and Path("pairs.jsonl").exists()
