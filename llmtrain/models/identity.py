@@ -1,5 +1,6 @@
 """Whether a model is still the one that it was: by the content of the files that its weights are read from."""
 
+import itertools
 from pathlib import Path
 
 from llmtrain.data.fingerprint import content_hashes
@@ -27,13 +28,9 @@ def _files(recipe: Recipe) -> list[Path]:
         case ModelFromPretrained():
             config = cached(str(Path(model.path).expanduser()), "config.json", model.revision)
             if config is not None:  # or it could not have been opened
-                files += [config, *_weights(config.parent)]
+                weights = (config.parent.glob(pattern) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+                files += [config, *sorted(itertools.chain(*weights))]  # of the directory alone, as they are loaded
     for base in [] if recipe.adapter is None else recipe.adapter.base:
         directory = Path(base).expanduser()
-        files += [directory / ADAPTER_CONFIG, *_weights(directory)]
+        files += [directory / ADAPTER_CONFIG, *sorted(directory.rglob("*.safetensors"))]
     return files
-
-
-def _weights(directory: Path) -> list[Path]:
-    """Of the directory, and of adapters below it: in safetensors, or as torch pickles them."""
-    return sorted(file for pattern in ("*.safetensors", "*.bin") for file in directory.rglob(pattern))

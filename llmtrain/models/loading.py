@@ -1,10 +1,8 @@
 """Saved models, in a directory or on the hub, read by transformers: configuration and whole weights."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -16,7 +14,7 @@ from llmtrain.models.diffusion import FILE as DIFFUSION_FILE
 from llmtrain.models.diffusion import Diffusion, load_diffusion
 from llmtrain.models.heads import CAUSAL, Head, saved_head
 from llmtrain.models.refusals import LOADABLE, as_input_error
-from llmtrain.models.weights import ADAPTER_CONFIG, cached, find_weights
+from llmtrain.models.weights import cached, find_weights, is_adapter_alone
 from llmtrain.recipe.resolved import check_is_no_run
 
 disable_progress_bar()  # of transformers' own loading and writing: it would tear our progress
@@ -51,7 +49,7 @@ def open_config(
         InputError: there is none, or it is not known.
     """
     check_is_no_run(path, where)
-    if os.path.isfile(Path(path, ADAPTER_CONFIG)) and not os.path.isfile(Path(path, "config.json")):
+    if is_adapter_alone(path):
         raise InputError(
             f"{path} is an adapter, and no whole model",
             where=where,

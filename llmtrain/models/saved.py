@@ -22,7 +22,7 @@ from llmtrain.models.heads import CAUSAL, SCORING_HEADS, Head, adapter_head, hea
 from llmtrain.models.loading import config_fields, known_diffusion, load_weights, open_config
 from llmtrain.models.refusals import LOADABLE, TRANSFORMERS_ERRORS, as_input_error
 from llmtrain.models.vocabulary import check_vocabulary
-from llmtrain.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BELOW, WeightFiles
+from llmtrain.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BELOW, WeightFiles, is_adapter_alone
 from llmtrain.recipe.resolved import RESOLVED
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -160,7 +160,7 @@ def _base_of(adapter: Path, given: str | None) -> str:
     """The base model of an adapter directory: as given, else as its own configuration says."""
     if given is not None:
         base = locate(given, where="--base").path
-        if os.path.isfile(Path(base, ADAPTER_CONFIG)) and not os.path.isfile(Path(base, "config.json")):
+        if is_adapter_alone(base):
             raise InputError(
                 f"{base} is an adapter, too", where="--base", remedy="give the whole model that both were trained on"
             )

@@ -1,6 +1,7 @@
 """Safetensors of a pretrained model, read a tensor at a time."""
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -142,6 +143,12 @@ def find_weights(path: str, revision: str | None, renamed: Callable[[str], str] 
         return WeightFiles((Path(file) for file in files), renamed)
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError):
         return None
+
+
+def is_adapter_alone(path: str) -> bool:
+    """Whether a directory holds an adapter, and not the whole model that it was trained on."""
+    directory = Path(path)
+    return os.path.isfile(directory / ADAPTER_CONFIG) and not os.path.isfile(directory / "config.json")
 
 
 def cached(path: str, name: str, revision: str | None) -> Path | None:

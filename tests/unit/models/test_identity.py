@@ -28,6 +28,9 @@ def test_it_is_of_the_content_of_the_weights(pickled: bool, tmp_path: Path) -> N
     before, content = found(), weights.read_bytes()
     weights.unlink()
     weights.write_bytes(content)
+    (model / "other").mkdir()
+    (model / "other" / weights.name).write_bytes(b"of another model")
+    (model / "training_args.bin").write_bytes(b"no weights")
     assert found() == before
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert found() != before
