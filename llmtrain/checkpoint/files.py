@@ -127,6 +127,8 @@ def _header(tensors: Mapping[str, Tensor], names: list[str]) -> bytes:
 
 
 def _content(tensor: Tensor) -> memoryview:
+    if tensor.numel() == 0:
+        return memoryview(b"")  # numpy gives strides of 0 to what is empty, and torch no bytes of such
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 

@@ -2,6 +2,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -83,6 +84,12 @@ def test_no_tensors_is_a_file_too(tmp_path: Path) -> None:
     record = write_tensors(tmp_path / "a", {})
     assert problem_with(tmp_path / "a", record) is None
     assert load_file(tmp_path / "a") == {}
+
+
+def test_an_empty_tensor_of_numpy_is_written(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a", {"empty": torch.from_numpy(np.zeros(0, np.float32)), "one": torch.ones(1)})
+    read = load_file(tmp_path / "a")
+    assert read["empty"].shape == (0,) and read["one"] == 1
 
 
 def test_a_dtype_that_the_format_lacks_is_named(tmp_path: Path) -> None:
