@@ -4,8 +4,9 @@ The pairs are those of `preference_data.py`, the model is SmolLM2-135M's shape, 
 train on the same 8 pairs in each optimizer step, in fp32 and bf16 autocast; counted are the pairs trained on
 between the ends of the first step and of the last. Ours computes a prompt once for both answers, each pair a row
 of its own. TRL computes it with each, and pads: DPOTrainer's padding_free is disabled in 1.16, RewardTrainer has
-none; the pairs of a step come to it sorted by length. Each side runs with 1, 2 or 4 pairs in a micro-batch,
-whichever is fastest for it when tried first. Neither is compiled.
+none; the pairs of a step come to it sorted by length. Each side runs with 1, 2 or 4 pairs in a micro-batch: the
+fewest that are as fast as the fastest within `NOISE` when tried first, since more only take memory. What all of
+them take is in the result. Neither side is compiled.
 
 Log-probabilities under the reference are computed before the first step on both sides, and so in neither's time;
 in both's memory, which is the whole process's peak. A difference that is the CPU's: TRL's DPOTrainer computes the
@@ -15,6 +16,7 @@ head of all positions there, of the answers' only on GPUs with Triton.
 import importlib.util
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from tests.bench.sft import SMOLLM2
 OURS, PEER = "tests.bench.preference_ours", "tests.bench.preference_trl"
 TRAINERS = {"reward": "RewardTrainer", "dpo": "DPOTrainer"}
 BATCHES = (1, 2, 4)  # pairs in a micro-batch
+NOISE = 0.03  # of the speed of two steps
 PRECISIONS = ("fp32", "bf16_autocast")
 SAME = ("first_loss", "pairs_per_step", "tokens_per_pair")  # what shows that both do the same work
 FIGURES = ("pairs_per_second", "peak_memory_bytes")
@@ -43,13 +46,17 @@ def bench(kind: str, quick: bool) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     same_work: dict[str, Any] = {}
     settings: dict[str, dict[str, int]] = {}
+    tried: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         write_inputs(work, kind, PAIRS_PER_STEP * steps, SMALL if quick else SMOLLM2)
         for precision in PRECISIONS[-1:] if quick else PRECISIONS:
-            best = {side: BATCHES[0] if quick else best_batch(work, kind, side, precision) for side in ("ours", "peer")}
+            batches = BATCHES[:1] if quick else BATCHES
+            tried[precision] = {side: tries(work, kind, side, precision, batches) for side in ("ours", "peer")}
+            settings[precision] = {side: best_batch(tried[precision][side]) for side in ("ours", "peer")}
             contenders = {
-                side: contender(work, kind, side, precision, batch, steps, warmup) for side, batch in best.items()
+                side: contender(work, kind, side, precision, batch, steps, warmup)
+                for side, batch in settings[precision].items()
             }
             results = interleaved(contenders, rounds)
             for figure in FIGURES:
@@ -57,12 +64,12 @@ def bench(kind: str, quick: bool) -> dict[str, Any]:
                 metrics[f"{figure}_{precision}"] = compared(columns["ours"], columns["peer"])
             for figure in SAME:
                 same_work[f"{figure}_{precision}"] = {name: results[name][0][figure] for name in contenders}
-            settings[precision] = best
     return {
         "bench": kind,
         "peer": f"trl {metadata.version('trl')} {TRAINERS[kind]}",
         "rounds": rounds,
         "pairs_of_a_micro_batch": settings,
+        "tried": tried,
         "metrics": metrics,
         "same_work": same_work,
         "machine": machine() | {"torch": torch.__version__},
@@ -80,11 +87,17 @@ def contender(
     return PEER, [str(work), kind, precision, *map(str, numbers)]
 
 
-def best_batch(work: Path, kind: str, side: str, precision: str) -> int:
-    """The fastest number of pairs in a micro-batch."""
-    speeds = {
-        batch: run_contender(*contender(work, kind, side, precision, batch, 2, 1))["pairs_per_second"]
-        for batch in BATCHES
-    }
-    print(f"{kind} {precision}: {side}, by pairs in a micro-batch: {speeds}", file=sys.stderr, flush=True)
-    return max(speeds, key=lambda batch: speeds[batch])
+def tries(work: Path, kind: str, side: str, precision: str, batches: Sequence[int]) -> dict[int, dict[str, float]]:
+    """The figures of a short run with each number of pairs in a micro-batch."""
+    found = {}
+    for batch in batches:
+        result = run_contender(*contender(work, kind, side, precision, batch, 2, 1))
+        found[batch] = {figure: result[figure] for figure in FIGURES}
+    print(f"{kind} {precision}: {side}, by pairs in a micro-batch: {found}", file=sys.stderr, flush=True)
+    return found
+
+
+def best_batch(found: dict[int, dict[str, float]]) -> int:
+    """The fewest pairs in a micro-batch that are as fast as the fastest."""
+    fastest = max(figures["pairs_per_second"] for figures in found.values())
+    return min(batch for batch, figures in found.items() if figures["pairs_per_second"] >= (1 - NOISE) * fastest)

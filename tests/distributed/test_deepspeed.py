@@ -20,14 +20,13 @@ pytestmark = [
     pytest.mark.timeout(900),  # the one launch is the first test's; two busy cores may take minutes for it
 ]
 
-TITLES = [
-    *(f"{name}[{stage}]" for name in ("equals_plain", "tied", "not_finite") for stage in range(4)),
-    *(f"{name}[{stage}]" for name in ("state_moves", "frozen", "names", "autocast") for stage in range(4)),
-    *(
-        f"{name}[{stage}]"
-        for name in ("cpu_offload", "mixed", "mixed_not_finite", "unused", "unused_offloaded")
-        for stage in (1, 2, 3)
-    ),
+EVERY_DAY = [
+    *(f"{name}[{stage}]" for name in ("equals_plain", "not_finite", "state_moves") for stage in range(4)),
+    *(f"{name}[{stage}]" for name in ("cpu_offload", "mixed") for stage in (1, 2, 3)),
+]
+OTHERS = [
+    *(f"{name}[{stage}]" for name in ("tied", "frozen", "names", "autocast") for stage in range(4)),
+    *(f"{name}[{stage}]" for name in ("mixed_not_finite", "unused", "unused_offloaded") for stage in (1, 2, 3)),
     *(f"deadlines[{stage}]" for stage in (1, 2, 3)),
     *("checkpointed[1]", "checkpointed[3]", "frozen_mixed[2]", "frozen_mixed[3]", "round_robin[1]", "round_robin[2]"),
     *("loss_scale[2]", "layer_by_layer[3]"),
@@ -59,17 +58,24 @@ def launch(directory: Path, launcher: list[str], *checks: str) -> dict[str, str]
     return results
 
 
+def on_two_ranks(directory: Path, titles: list[str]) -> dict[str, str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return launch(directory, launcher, *dict.fromkeys(title.partition("[")[0] for title in titles))
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return launch(tmp_path_factory.mktemp("two"), launcher, *dict.fromkeys(title.partition("[")[0] for title in TITLES))
+    return on_two_ranks(tmp_path_factory.mktemp("two"), EVERY_DAY)
+
+
+@pytest.fixture(scope="module")
+def two_ranks_again(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return on_two_ranks(tmp_path_factory.mktemp("others"), OTHERS)
 
 
 @pytest.fixture(scope="module")
 def two_ranks_with_adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    checks = dict.fromkeys(title.partition("[")[0] for title in OF_ADAPTERS)
-    return launch(tmp_path_factory.mktemp("adapters"), launcher, *checks)
+    return on_two_ranks(tmp_path_factory.mktemp("adapters"), OF_ADAPTERS)
 
 
 @pytest.mark.slow
@@ -79,12 +85,23 @@ def test_two_ranks_with_adapters(two_ranks_with_adapters: dict[str, str], title:
 
 
 def test_the_list_of_checks_is_whole(two_ranks: dict[str, str]) -> None:
-    assert two_ranks.keys() == set(TITLES)
+    assert two_ranks.keys() == set(EVERY_DAY)
 
 
-@pytest.mark.parametrize("title", TITLES)
+@pytest.mark.parametrize("title", EVERY_DAY)
 def test_two_ranks(two_ranks: dict[str, str], title: str) -> None:
     assert not two_ranks[title], two_ranks[title]
+
+
+@pytest.mark.slow
+def test_the_list_of_other_checks_is_whole(two_ranks_again: dict[str, str]) -> None:
+    assert two_ranks_again.keys() == set(OTHERS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", OTHERS)
+def test_two_ranks_with_other_settings(two_ranks_again: dict[str, str], title: str) -> None:
+    assert not two_ranks_again[title], two_ranks_again[title]
 
 
 def test_one_process_without_a_launcher(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_two_ranks(of_two: dict[str, str], check: str) -> None:
     assert not of_two[check], of_two[check]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS[4])
 def test_four_ranks(of_four: dict[str, str], check: str) -> None:
     assert not of_four[check], of_four[check]

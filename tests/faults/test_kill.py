@@ -37,7 +37,8 @@ def assert_undisturbed(run, undisturbed):
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == list(range(41))
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_killed_at_random_moments_and_run_again_it_ends_the_same(undisturbed, seed, tmp_path):
     recipe = write_recipe(tmp_path, **SETTINGS)
     run = tmp_path / "runs" / "tiny"

@@ -126,6 +126,7 @@ def test_the_script_returns_75_when_it_is_asked_to_stop(tmp_path: Path, number: 
     assert read_metrics(metrics)[-1]["step"] == content["step"]
 
 
+@pytest.mark.slow
 def test_the_script_returns_75_when_every_process_gets_the_signal(tmp_path: Path) -> None:
     """As scancel and the end of a Slurm job's time do it; torchrun's passing on then comes on top."""
     recipe = write_recipe(tmp_path, **SETTINGS)

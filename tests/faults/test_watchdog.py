@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.ranks import TIMEOUT, ranks_of, seconds_in, wait_for_text, wait_until_trained
 from tests.runs import start, write_recipe
 
@@ -65,6 +67,7 @@ def test_a_stopped_rank_is_named_and_the_stacks_are_kept(tmp_path: Path) -> None
     assert "all threads:" in log and "in _step" in log  # the main thread, in a collective
 
 
+@pytest.mark.slow
 def test_rank_0_stopped(tmp_path: Path) -> None:
     """Then its store does not answer either, and another rank speaks."""
     with training(tmp_path, "watchdog.silence=3") as run:
@@ -85,6 +88,7 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     assert "please report the traceback" not in output
 
 
+@pytest.mark.slow
 def test_rank_0_killed(tmp_path: Path) -> None:
     with training(tmp_path) as run:
         os.kill(run.ranks[0], signal.SIGKILL)

@@ -28,14 +28,7 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "kto, adapter off": ("kto", [LORA, "algorithm.reference=adapter_off"]),
     "dpo, ema": ("dpo", ["ema.decay=0.9"]),
 }
-QUICK = {
-    ("reward_model", "fsdp"),
-    ("reward_model, lora", "zero3"),
-    ("process_reward", "ddp"),
-    ("dpo", "zero3"),
-    ("dpo, adapter off", "fsdp"),
-    ("kto", "fsdp"),
-}
+QUICK = {("reward_model", "fsdp"), ("process_reward", "ddp"), ("dpo", "zero3")}
 # Margins and kl are differences, of scores or of log-probabilities of whole answers (up to 80 nats, which float32 holds
 # to 4e-6, and whose mean over a batch it holds better).
 LEAST = 3e-6

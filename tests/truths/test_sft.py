@@ -28,13 +28,7 @@ METHODS: dict[str, list[str]] = {
     "prefix_tuning": ["adapter={kind: prefix_tuning, num_virtual_tokens: 4}", "data.packing=none"],
     "p_tuning": ["adapter={kind: p_tuning, num_virtual_tokens: 4}"],
 }
-QUICK = {
-    ("full, packed", "fsdp"),
-    ("full, padded", "ddp"),
-    ("lora", "fsdp"),
-    ("lora", "zero3"),
-    ("prompt_tuning", "zero2"),
-}
+QUICK = {("full, packed", "fsdp"), ("full, padded", "ddp"), ("lora", "zero3")}
 FIGURES = ("loss", "grad_norm", "eval_loss", "tokens", "lr")
 
 

@@ -407,12 +407,13 @@ sys.exit(cli.main(["train", *sys.argv[1:3], *only]))
 @pytest.mark.parametrize(
     ("override", "texts"),
     [
-        (
+        pytest.param(
             "engine.kind=single",
             (
                 "engine.kind: engine single is for one process, and there are 2",
                 "use ddp, fsdp or auto, or start one process",
             ),
+            marks=pytest.mark.slow,
         ),
         (
             "engine.kind=ddp",
@@ -421,12 +422,13 @@ sys.exit(cli.main(["train", *sys.argv[1:3], *only]))
                 "remedy: put them on a disk that all nodes share",
             ),
         ),
-        (
+        pytest.param(
             "engine.kind=ddp rank-1:optimizer.lr=1e-4",
             (
                 "optimizer.lr: rank 1 was started with 0.0001, and rank 0 with 0.01",
                 "remedy: give all ranks the same recipe and settings",
             ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["an engine for one process", "files that differ from node to node", "another recipe on one rank"],
